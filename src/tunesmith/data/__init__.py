@@ -1,0 +1,142 @@
+"""From files to tokens: read, check, render, and say which conversation goes into which step.
+
+`load` is the door. Everything here runs before process groups exist; ranks that start together wait on a file lock, not
+on a barrier that could time out while one of them works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from filelock import FileLock
+
+from tunesmith.config import Config, Prepare, Refusal
+from tunesmith.data.conversations import Call, Conversation, Turn, read_conversations
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches import Example
+    from tunesmith.data.templates import Renderer, Tokenizer
+
+__all__ = ["Call", "Conversation", "Dataset", "Question", "Turn", "load", "prepare_files"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out conversation cut before its last answer."""
+
+    prompt: list[int]
+    """Tokens that the model reads."""
+    text: str
+    """What the user said last, for people."""
+    answer: Turn
+    """What is wanted."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    questions: list[Question]
+    """The test conversations as prompts, in file order."""
+    renderer: Renderer
+
+    @property
+    def fingerprint(self) -> str:
+        """8 hex of the rendered training data: a resumed run must find what it began with."""
+        total = hashlib.sha256()
+        for example in self.train:
+            total.update(example.ids.tobytes())
+            total.update(example.targets.tobytes())
+        return total.hexdigest()[:8]
+
+
+def prepare_files(config: Config) -> None:
+    """Make the data files that `data.prepare` names, once, whichever rank or run comes first; the others wait."""
+    if config.data.prepare is Prepare.none:
+        return
+    from tunesmith.data.smart_home import prepare
+
+    folder = Path(config.data.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder.with_suffix(".lock"))):
+            prepare(
+                folder,
+                language=config.data.language,
+                train=config.data.prepare_train,
+                test=config.data.prepare_test,
+            )
+    except OSError as error:
+        raise Refusal(
+            f"data.folder={folder}: cannot write the prepared files there ({error.strerror}) — choose another folder"
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise Refusal(str(error)) from None
+
+
+def load(config: Config, tokenizer: Tokenizer) -> Dataset:
+    """Read, check and render all the files of a run; raises Refusal listing everything that is wrong with them."""
+    from tunesmith.data.templates import renderer_for
+
+    renderer = renderer_for(tokenizer, config.data)
+    folder = Path(config.data.folder)
+    parts: dict[str, list[Conversation]] = {"train": [], "dev": [], "test": []}
+    problems: list[str] = []
+    for part in parts:
+        if name := getattr(config.data, part):
+            try:
+                parts[part] = read_conversations(folder / name, f"data.{part}")
+            except Refusal as refusal:
+                problems.append(str(refusal))
+    if problems:
+        raise Refusal("\n".join(problems))
+    rendered = {part: [_example(conversation, renderer) for conversation in found] for part, found in parts.items()}
+    for part, examples in rendered.items():
+        problems += _unusable(part, examples, config.data.max_tokens)
+    if problems:
+        raise Refusal("\n".join(problems))
+    questions = [question for conversation in parts["test"] if (question := _question(conversation, renderer))]
+    return Dataset(rendered["train"], rendered["dev"], rendered["test"], questions, renderer)
+
+
+def _example(conversation: Conversation, renderer: Renderer) -> Example:
+    from tunesmith.data.batches import Example
+
+    pieces = renderer.render(conversation)
+    ids = np.array([token for piece in pieces for token in piece.ids], np.int32)
+    targets = np.array([piece.target for piece in pieces for _ in piece.ids], bool)
+    return Example(ids, targets, conversation.place)
+
+
+def _unusable(part: str, examples: list[Example], max_tokens: int) -> list[str]:
+    problems = []
+    if long := [example for example in examples if len(example.ids) > max_tokens]:
+        longest = max(long, key=lambda example: len(example.ids))
+        problems.append(
+            f"data.max_tokens={max_tokens}: {len(long)} of {len(examples)} conversations in data.{part} are longer, the longest has "
+            f"{len(longest.ids)} tokens ({longest.place}) — data.max_tokens={len(longest.ids)} takes all of them"
+        )
+    if empty := [example for example in examples if example.target_count == 0]:
+        problems.append(
+            f"data.{part}: {len(empty)} of {len(examples)} conversations have no target token (first: {empty[0].place}) — "
+            "each needs an assistant or tool turn, or a turn with `loss: true`"
+        )
+    return problems
+
+
+def _question(conversation: Conversation, renderer: Renderer) -> Question | None:
+    """The conversation up to its last trained assistant turn; None if it has none."""
+    for index in range(len(conversation.turns) - 1, 0, -1):
+        turn = conversation.turns[index]
+        if turn.role == "assistant" and turn.loss:
+            asked = Conversation(
+                conversation.turns[:index], conversation.tools, conversation.metadata, conversation.place
+            )
+            said = next((t.content for t in reversed(asked.turns) if t.role == "user"), "")
+            return Question(renderer.prompt(asked), said, turn)
+    return None

@@ -1,0 +1,187 @@
+"""DeepSpeed and Accelerate behind the same few verbs: step, evaluate, agree, gather, save, restore.
+
+Nothing outside this room knows which of them is at work.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tunesmith.config import Config, EngineKind
+from tunesmith.data.batches import MicroBatch
+from tunesmith.model import TargetLoss
+from tunesmith.plan import Plan
+from tunesmith.world import World, rendezvous
+
+Clock = Callable[[str], AbstractContextManager[None]]
+"""A phase timer: `with clock("forward"): ...`"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did, equal on all ranks."""
+
+    loss: float
+    """Mean loss in nats per target token of the whole global step."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False if fp16 loss scaling skipped the update."""
+
+
+class Engine(ABC):
+    """One model, its optimizer, and all ranks."""
+
+    world: World
+    device: torch.device
+    loss_module: TargetLoss
+    splits_weights = False
+    """Whether weights are split over ranks, so that every rank must take part in every forward."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of this rank."""
+        return torch.get_num_threads()
+
+    @abstractmethod
+    def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
+        """One optimizer update from this rank's micro-batches, the loss divided by the global step's `targets`.
+
+        Raises FloatingPointError before any weight changes if loss or gradient is not finite (fp16 skips instead).
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights and optimizer state into a folder that all ranks share."""
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Take up what `save` wrote."""
+
+    @abstractmethod
+    def trained_state(self) -> dict[str, torch.Tensor] | None:
+        """Trainable weights by name, whole, on the CPU of rank 0; None on other ranks."""
+
+    @abstractmethod
+    def communication_s(self) -> float:
+        """Seconds spent in collectives during backward and optimizer since the last call, where they can be told apart."""
+
+    @property
+    def model(self) -> Any:
+        """The Hugging Face or PEFT model inside."""
+        return self.loss_module.model
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Sum of losses (nats) and count of target tokens over the micro-batches of all ranks."""
+        self.loss_module.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            total[0] += float(self._forward(batch))
+            total[1] += batch.target_count
+        self.loss_module.train()
+        total = self.sum(total)
+        return float(total[0]), int(total[1])
+
+    def _forward(self, batch: MicroBatch) -> torch.Tensor:
+        loss: torch.Tensor = self.loss_module(batch)
+        return loss
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor over all ranks."""
+        if self.world.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def agree(self, flag: int) -> int:
+        """The largest flag of all ranks, so that they act together."""
+        if self.world.size == 1:
+            return flag
+        value = torch.tensor([flag], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, item: Any) -> list[Any]:
+        """Everyone's item, in rank order, on all ranks."""
+        if self.world.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's item, on all ranks."""
+        if self.world.size == 1:
+            return item
+        box = [item]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def device_for(world: World, config: Config) -> torch.device:
+    """This rank's device: the card of its local rank, or the CPU where the run is meant for it or no card is here."""
+    if config.hardware.card == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for cards that are not to be used
+        return torch.device("cpu")
+    return torch.device("cuda", world.local_rank)
+
+
+def join(config: Config, world: World, device: torch.device, threads: int) -> None:
+    """Meet the other ranks. Everything slow (data, conversion) is done before, so nobody waits for work here."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    address, port = rendezvous(world)
+    # deepspeed and accelerate read these themselves, and plain launchers set only some of them.
+    os.environ.update(
+        MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
+    )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=config.engine.timeout_s),
+    )
+
+
+def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, device: torch.device) -> Engine:
+    """The engine that engine.kind names, around a model that already lies on this rank's device."""
+    if config.engine.kind is EngineKind.deepspeed:
+        from tunesmith.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, plan, world, module, device)
+    from tunesmith.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(config, world, module, device)
+
+
+def make_optimizer(module: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights, weight decay on matrices only (fused where torch has it for the device)."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optim = config.optim
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+    )

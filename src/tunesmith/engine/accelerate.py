@@ -1,0 +1,110 @@
+"""Accelerate: one process or DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from tunesmith.config import Compute, Config
+from tunesmith.data.batches import MicroBatch
+from tunesmith.engine import Clock, Engine, Outcome, make_optimizer
+from tunesmith.model import TargetLoss
+from tunesmith.world import World
+
+
+class AccelerateEngine(Engine):
+    def __init__(self, config: Config, world: World, module: TargetLoss, device: torch.device):
+        self.world = world
+        self.device = device
+        self.loss_module = module
+        self.clip = config.optim.clip
+        compute = config.precision.compute
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if compute is Compute.fp32 else compute.value
+        )
+        if self.accelerator.num_processes != world.size:
+            raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes where there are {world.size}")
+        self.module, self.optimizer = self.accelerator.prepare(module, make_optimizer(module, config, device))
+        self._waited_s = 0.0
+        if world.size > 1:
+            self.module.register_comm_hook(None, self._timed_all_reduce)
+
+    def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            # Gradients are sent once a step, with the last micro-batch.
+            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                with clock("forward"):
+                    loss = self.module(batch)
+                with clock("backward"):
+                    # DDP averages over ranks; the sum of all ranks over all targets is wanted.
+                    self.accelerator.backward(loss * (self.world.size / targets))
+            total += loss.detach()
+        with clock("optimizer"):
+            mean = float(self.sum(total)) / targets
+            norm = self._clip()
+            if self.accelerator.scaler is None and not (torch.isfinite(torch.tensor([mean, norm])).all()):
+                raise FloatingPointError(f"loss {mean} and gradient norm {norm} before the update")
+            self.optimizer.step()
+            applied = not self.accelerator.optimizer_step_was_skipped
+            self.optimizer.zero_grad()
+        return Outcome(mean, norm, applied)
+
+    def _clip(self) -> float:
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.clip or float("inf"))
+        return float(norm)
+
+    def _timed_all_reduce(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        start = perf_counter()
+        future = dist.all_reduce(bucket.buffer().div_(self.world.size), async_op=True).get_future()
+        if self.device.type == "cuda" or not bucket.is_last():
+            return future.then(lambda done: done.value()[0])
+        # On a CPU what remains after the last bucket is what backward waits for; earlier buckets travel behind compute.
+        value = future.wait()[0]
+        self._waited_s += perf_counter() - start
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(value)
+        return done
+
+    def communication_s(self) -> float:
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
+
+    def save(self, folder: Path) -> None:
+        if not self.world.is_main:  # DDP: every rank has the same
+            return
+        state = {
+            "weights": self.trained_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        torch.save(state, folder / "state.pt")
+
+    def restore(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        missing = self.loss_module.load_state_dict(state["weights"], strict=False).unexpected_keys
+        if missing:
+            raise ValueError(f"{folder / 'state.pt'} has weights that this model lacks: {', '.join(missing[:3])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def trained_state(self) -> dict[str, torch.Tensor] | None:
+        if not self.world.is_main:
+            return None
+        named = self.loss_module.named_parameters()
+        return {name: weight.detach().cpu() for name, weight in named if weight.requires_grad}
+
+    def close(self) -> None:
+        self.accelerator.free_memory()
+        super().close()

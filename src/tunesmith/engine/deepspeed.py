@@ -1,0 +1,95 @@
+"""DeepSpeed: ZeRO 0 to 3 by `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tunesmith.config import Config
+from tunesmith.data.batches import MicroBatch
+from tunesmith.engine import Clock, Engine, Outcome, make_optimizer
+from tunesmith.model import TargetLoss
+from tunesmith.plan import Plan
+from tunesmith.world import World
+
+TAG = "engine"
+
+
+def _import_deepspeed():  # type: ignore[no-untyped-def]  # the module
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # Its shared-memory collectives take a minute of compiling on a fresh machine and save nothing for a few ranks; DeepSpeed
+    # skips a builder that this table holds incompatible.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(self, config: Config, plan: Plan, world: World, module: TargetLoss, device: torch.device):
+        self.world = world
+        self.device = device
+        self.deepspeed = _import_deepspeed()
+        self.deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
+        self.splits_weights = config.engine.zero == 3
+        self.engine, _, _, _ = self.deepspeed.initialize(
+            model=module, optimizer=make_optimizer(module, config, device), config=copy.deepcopy(plan.deepspeed), dist_init_required=False
+        )
+        self.loss_module = module
+
+    def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches):
+            # The plan's accumulation holds for full steps; the last one of an epoch may have fewer micro-batches.
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            with clock("forward"):
+                loss = self.engine(batch)
+            with clock("backward"):
+                # DeepSpeed averages over ranks; the sum of all ranks over all targets is wanted.
+                self.engine.backward(loss * (self.world.size / targets), scale_wrt_gas=False)
+            total += loss.detach()
+        with clock("optimizer"):
+            mean = float(self.sum(total)) / targets
+            if not torch.isfinite(torch.tensor(mean)):
+                raise FloatingPointError(f"loss {mean} before the update")
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+            applied = bool(self.engine.was_step_applied())
+            if applied and not torch.isfinite(torch.tensor(norm)):
+                # DeepSpeed clips and updates in one call: memory is spoiled now, but nothing of it has been saved.
+                raise FloatingPointError(f"gradient norm {norm}")
+        return Outcome(mean, norm, applied)
+
+    def communication_s(self) -> float:
+        log = self.deepspeed.comm.comm.comms_logger
+        total_ms = sum(sum(record[1]) for sizes in log.comms_dict.values() for record in sizes.values())
+        log.comms_dict.clear()
+        return total_ms / 1000
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def restore(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
+
+    def trained_state(self) -> dict[str, torch.Tensor] | None:
+        trainable = [(name, weight) for name, weight in self.loss_module.named_parameters() if weight.requires_grad]
+        state = {}
+        for name, weight in trainable:
+            with self.deepspeed.zero.GatheredParameters([weight], enabled=self.splits_weights):
+                if self.world.is_main:
+                    state[name] = weight.detach().float().cpu().clone()
+        return state if self.world.is_main else None
+
+    def close(self) -> None:
+        self.engine.destroy()
+        super().close()

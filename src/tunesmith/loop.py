@@ -1,0 +1,118 @@
+"""The train loop: only verbs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tunesmith.checkpoint import Checkpoints
+from tunesmith.config import Config, Optim, Schedule
+from tunesmith.data import Dataset
+from tunesmith.data.batches import Batches, MicroBatch, held_out_batches
+from tunesmith.engine import Engine
+from tunesmith.hardware import Machine, peak_flops
+from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
+from tunesmith.model import perplexity
+from tunesmith.plan import Plan, step_flops
+from tunesmith.run import Stopped, StopSignal
+
+
+@dataclass
+class Training:
+    """The parts that the loop drives."""
+
+    config: Config
+    plan: Plan
+    engine: Engine
+    batches: Batches
+    dev: list[MicroBatch]
+    meter: Meter
+    sensors: CardSensors
+    sinks: Sinks
+    checkpoints: Checkpoints
+    stop: StopSignal
+
+    @classmethod
+    def of(
+        cls, config: Config, plan: Plan, engine: Engine, dataset: Dataset, machine: Machine, sinks: Sinks, saves: Checkpoints, stop: StopSignal
+    ) -> Training:
+        """Put the parts together: batches and the meter follow from the rest."""
+        train, world = config.train, engine.world
+        batches = Batches(dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching)
+        dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
+        peak, note = peak_flops(config.hardware.peak, machine, config.precision.compute.name, engine.threads)
+        if world.is_main:
+            print(f"peak     {note}")
+        meter = Meter(engine.device, world.size, peak)
+        return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop)
+
+
+def train(parts: Training, done: int) -> None:
+    """Take the updates from `done` to the plan's last; raises Stopped after saving when a signal asked for it."""
+    every, last = parts.config.train, parts.plan.steps
+    parts.stop.arm()
+    for step in range(done, last):
+        metrics = take_step(parts, step)
+        done = step + 1
+        if due(done, every.eval_every, last) and parts.dev:
+            metrics |= held_out(parts.engine, parts.dev)
+        if due(done, every.log_every, last) or "dev/loss" in metrics:
+            parts.sinks.log(done, metrics)
+        stopping = parts.engine.agree(parts.stop.asked)
+        if stopping or due(done, every.save_every, last):
+            saved = parts.checkpoints.save(done)
+            if stopping:
+                kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
+                raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on")
+    parts.stop.disarm()
+
+
+def take_step(parts: Training, step: int) -> dict[str, float]:
+    """One optimizer update, measured."""
+    parts.meter.begin()
+    with parts.meter.phase("data"):
+        world = parts.engine.world
+        batches = parts.batches.micro_batches(step, world.rank, world.size)
+        work = parts.batches.work(step, world.size)
+    lr = learning_rate(parts.config.optim, step, parts.plan.steps)
+    try:
+        outcome = parts.engine.step(batches, work.targets, lr, parts.meter.phase)
+    except FloatingPointError as error:
+        places = ", ".join(parts.batches.examples[i].place for i in parts.batches.conversations(step)[:4])
+        raise FloatingPointError(f"step {step + 1}: {error}; conversations {places}, ... — a lower optim.lr or precision=fp32 may help") from None
+    flops = step_flops(parts.plan.shape, parts.config.method, work.lengths, work.targets, checkpointing=parts.config.engine.checkpointing)
+    rate = Rate(len(work.lengths), work.padded_tokens, work.padded_tokens - sum(work.lengths), work.targets, flops.useful, flops.executed)
+    return {
+        "train/loss": outcome.loss,
+        "train/lr": lr,
+        "train/grad_norm": outcome.grad_norm,
+        "train/skipped": float(not outcome.applied),
+        **parts.meter.end(rate, parts.engine.communication_s()),
+        **parts.sensors.read(),
+    }
+
+
+def held_out(engine: Engine, batches: list[MicroBatch], name: str = "dev") -> dict[str, float]:
+    """Mean held-out loss in nats per target token, and its perplexity."""
+    total, count = engine.evaluate(batches)
+    return {f"{name}/loss": total / count, f"{name}/perplexity": perplexity(total / count)}
+
+
+def due(done: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps is due after `done`; always at the end, only there for 0."""
+    return done == last or (every > 0 and done % every == 0)
+
+
+def learning_rate(optim: Optim, step: int, steps: int) -> float:
+    """Rate of update `step` (0-based): linear warm-up, then constant, linear or cosine down to min_lr_ratio of the peak."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    falling = {
+        Schedule.constant: 1.0,
+        Schedule.linear: 1.0 - progress,
+        Schedule.cosine: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[optim.schedule]
+    if optim.schedule is Schedule.constant:
+        return optim.lr
+    return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * falling)

@@ -1,0 +1,167 @@
+"""Load, quantise, adapt, freeze; and the forward that skips what changes no weight.
+
+transformers, peft and bitsandbytes are named in this room only (the tokenizer's loading included).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tunesmith.config import Base, Compute, Config, MethodKind, Refusal
+from tunesmith.model import attention
+from tunesmith.model.source import check_source, free_gib, model_folder
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches import MicroBatch
+    from tunesmith.data.templates import Tokenizer
+
+__all__ = ["TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter", "save_model"]
+
+DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16: torch.bfloat16}
+
+
+class TargetLoss(nn.Module):
+    """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
+        device = next(self.model.parameters()).device
+        logits = self.model(
+            input_ids=batch.ids[None].to(device),
+            position_ids=batch.positions[None].to(device),
+            logits_to_keep=batch.predicting.to(device),
+            ragged=attention.rectangles(batch.lengths, device),
+            use_cache=False,
+        ).logits[0]
+        loss = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="sum")
+        return loss if batch.weight else loss * 0.0
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder; raises Refusal if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return cast("Tokenizer", AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise Refusal(f"model.path={folder}: no tokenizer can be read there — {str(error).splitlines()[0]}") from None
+
+
+def build_model(config: Config, folder: Path, device: torch.device) -> TargetLoss:
+    """The model of a run: weights loaded and quantised, adapters added, everything else frozen, trainable weights in fp32.
+
+    Raises Refusal where the files or the method's targets do not fit the model.
+    """
+    torch.manual_seed(config.train.seed)  # adapter initialisation, equal on every rank
+    model = _load(folder, config, device)
+    if config.method.base is not Base.as_is:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if config.method.kind is MethodKind.lora:
+        model = _with_adapters(model, config)
+    for parameter in model.parameters():
+        # fp16 gradients of fp16 weights cannot be unscaled, and small updates vanish in half precision.
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.engine.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.method.kind is MethodKind.lora:
+            model.enable_input_require_grads()
+    model.train()
+    if config.method.base is Base.as_is:
+        model.to(device)
+    return TargetLoss(model)
+
+
+def _load(folder: Path, config: Config, device: torch.device, implementation: str = attention.NAME) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = DTYPES[config.precision.compute]
+    quantisation: dict[str, Any] = {}
+    if config.method.base is Base.nf4:
+        quantisation["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    elif config.method.base is Base.int8:
+        quantisation["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if quantisation:
+        quantisation["device_map"] = {"": str(device)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, **quantisation)
+    except (OSError, ValueError, ImportError) as error:
+        raise Refusal(f"model.path={folder}: cannot be loaded — {str(error).splitlines()[0]}") from error
+
+
+def _with_adapters(model: Any, config: Config) -> Any:
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    method = config.method
+    targets: str | list[str] = "all-linear" if method.targets == ["all-linear"] else method.targets
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=method.r,
+        lora_alpha=cast(int, method.alpha),
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        use_rslora=method.rslora,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise Refusal(f"method.targets={method.targets}: {str(error).splitlines()[0]} — this model has {', '.join(linear)}") from None
+
+
+@contextmanager
+def for_generation(model: Any) -> Iterator[Any]:
+    """The model with a KV cache and padded attention, in eval mode; its training state comes back afterwards."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = model.training
+    model.eval()
+    base.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        base.set_attn_implementation(attention.NAME)
+        model.train(was_training)
+
+
+def save_model(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write adapters in PEFT layout, or a full model in Hugging Face layout, into a folder."""
+    model.save_pretrained(folder, state_dict=state)
+
+
+def read_adapter(folder: Path, base_folder: Path) -> Any:
+    """A base model with the adapter (or the full model) that a run left, ready to answer, in fp32 on the CPU or fp16 on a card."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_adapter = (folder / "adapter_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(base_folder if is_adapter else folder, dtype=dtype)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, folder)
+    return model.to(device).eval()
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of the mean loss in nats per target token; infinite where that overflows."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf

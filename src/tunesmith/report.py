@@ -1,0 +1,248 @@
+"""One run's page: everything a run folder knows, in one HTML file that needs no network and no server.
+
+Reads only files, so a report can be made for a run that is going on, was stopped, or comes from another machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, TypeGuard
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+Row = dict[str, Any]
+
+WARM_UP = 2
+"""First steps left out of speeds and times: they pay for allocation, compilation and cold files."""
+POINTS = 2000
+"""Most points drawn in one line; a longer run is thinned evenly."""
+
+PHASES = {
+    "time/data_s": "data",
+    "time/forward_s": "forward",
+    "time/backward_s": "backward",
+    "time/optimizer_s": "optimizer",
+    "time/communication_s": "communication",
+    "time/other_s": "other",
+}
+
+DEFINITIONS = {
+    "step": "One optimizer update, over all ranks and accumulation.",
+    "computed token": "A position that went through the model, whether or not it has a loss; padding included.",
+    "target token": "A position with a loss, which is what the model learns from.",
+    "computed tokens/s, target tokens/s": "Tokens of a step, over all devices, divided by its whole time on the clock.",
+    "TFLOPS per device": "10¹² floating-point operations per second that training needs: frozen weights need no weight "
+    "gradient, and recomputed activations do not count.",
+    "MFU": "Model FLOPs utilisation: needed FLOPs per second over the device's peak; left out when that is not known.",
+    "HFU": "Hardware FLOPs utilisation: the same, but with what activation checkpointing computes a second time.",
+    "peak memory": "Most memory allocated on one device at any step, in GiB (2³⁰ bytes).",
+    "padding share": "Padding tokens divided by computed tokens, over the whole run; 0 when batches are ragged.",
+    "loss": "Mean cross-entropy over target tokens, in nats; a dev loss is taken on held-out conversations.",
+    "perplexity": "exp(loss): as unsure as a choice among that many equally likely tokens. Lower is better.",
+    "intent accuracy": "Share of test conversations whose answer calls the wanted function.",
+    "slot F1": "Harmonic mean of precision and recall over the (name, value) arguments of the calls.",
+    "exact match": "Share of test conversations whose function and arguments are all as wanted.",
+}
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows."""
+    rows: dict[int, Row] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:  # a line is one flat object: after a torn write the last "{" is where the resumed run went on
+                row = json.loads(line[max(line.rfind("{"), 0) :])
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html, whole or not at all, and return its path; a file the run lacks leaves out its part."""
+    here = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["num"] = number
+    page = pages.get_template("report.html.j2").render(describe_run(run))
+    handle, temporary = tempfile.mkstemp(dir=run, prefix=".report.", suffix=".html")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the page from the rest of the group
+        os.replace(temporary, run / "report.html")
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return run / "report.html"
+
+
+def describe_run(run: Path) -> dict[str, Any]:
+    """Everything the template shows, as plain values; raises ValueError when a JSON file of the run is not JSON."""
+    rows, status, evaluation = read_metrics(run / "metrics.jsonl"), read_json(run / "status.json"), evaluations(run)
+    settled, charts, plan = rows[WARM_UP:] or rows, draw_charts(rows), read_json(run / "plan.json")
+    memory = plan.pop("memory", None) or {}
+    return {
+        "name": run.resolve().parent.name,
+        "id": run.resolve().name,
+        "state": status.get("state", "unknown"),
+        "verdict": judge(rows, status, evaluation),
+        "warm_up": WARM_UP if len(rows) > WARM_UP else 0,
+        "steps": len(rows),
+        "points": POINTS,
+        "tiles": list(tiles(rows, settled)),
+        "charts": charts,
+        "plotly": packed_plotly() if charts else "",
+        "step_s": middle(settled, "time/step_s"),
+        "phases": phases(settled),
+        "evaluation": evaluation,
+        "describe": plan.pop("describe", ""),
+        "memory": memory if "total" in memory else memory and {**memory, "total": sum(memory.values())},
+        "peak_gib": max(values(rows, "memory/peak_gib"), default=None),
+        "plan": flatten(plan),
+        "command": read_text(run / "command.txt").strip(),
+        "chat": f"tunesmith chat {shlex.quote(str(run))}",
+        "config": read_text(run / "config.yaml").strip(),
+        "environment": flatten(read_json(run / "environment.json")),
+        "definitions": DEFINITIONS,
+    }
+
+
+@cache
+def packed_plotly() -> str:
+    """plotly.js as base64 of gzip, which the page unpacks: 2.0 MB instead of 4.8 MB in every run folder."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+
+
+def judge(rows: Sequence[Row], status: Row, evaluation: Row) -> list[str]:
+    """The run in one line, as parts: steps done, minutes of training, loss first to last, slot F1 before to after."""
+    done = max(rows[-1]["step"] if rows else 0, status.get("step") or 0)
+    parts = [number(done) + (f" of {number(status['steps'])}" if status.get("steps") else "") + " steps"]
+    # A line stands for the steps since the line before (train.log_every); gaps between restarts do not count.
+    gaps = [step - before for before, step in pairwise([0, *(row["step"] for row in rows)])]
+    timed = [(gap, row.get("time/step_s")) for gap, row in zip(gaps, rows, strict=True)]
+    if seconds := sum(gap * step_s for gap, step_s in timed if is_number(step_s)):
+        parts[0] += f" in {number(seconds / 60)} minutes"
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    if losses:  # the last value as it is: nan here is the most important thing on the page
+        parts.append(f"training loss {number(losses[0])} → {number(losses[-1])}")
+    slots = [m for m in evaluation["measures"] if m["name"] == "test/slot_f1" and m["change"] is not None]
+    return parts + [f"slot F1 {number(m['before'])} → {number(m['after'])}" for m in slots]
+
+
+def tiles(rows: Sequence[Row], settled: Sequence[Row]) -> Iterator[Row]:
+    """The key numbers: label, value with its unit, and a smaller line about it."""
+
+    def tile(label: str, value: float | None, unit: str, note: str) -> Row:
+        return {"label": label, "value": value, "unit": unit, "note": note}
+
+    conversations = f"{number(middle(settled, 'speed/conversations_per_s'))} conversations/s"
+    yield tile("Computed", middle(settled, "speed/computed_tokens_per_s"), "tokens/s", conversations)
+    yield tile("Target", middle(settled, "speed/target_tokens_per_s"), "tokens/s", "positions with a loss")
+    yield tile("Compute", middle(settled, "speed/tflops_per_device"), "TFLOPS", "per device")
+    mfu, hfu = middle(settled, "speed/mfu"), middle(settled, "speed/hfu")
+    note = f"HFU {number(100 * hfu)} %" if hfu is not None else ""
+    yield tile("MFU", 100 * mfu, "%", note) if mfu is not None else tile("MFU", None, "", "peak not known")
+    yield tile("Peak memory", max(values(rows, "memory/peak_gib"), default=None), "GiB", "on one device")
+    padding, computed = sum(values(rows, "data/padding_tokens")), sum(values(rows, "data/computed_tokens"))
+    yield tile("Padding", 100 * padding / computed if computed else None, "%", "of computed tokens")
+
+
+def phases(rows: Sequence[Row]) -> list[Row]:
+    """Seconds a step and share of each phase, over the given rows, in the order they happen."""
+    means = {name: fmean(values(rows, key)) for key, name in PHASES.items() if values(rows, key)}
+    total = sum(means.values()) or math.inf
+    return [{"name": name, "seconds": mean, "share": 100 * mean / total} for name, mean in means.items()]
+
+
+def draw_charts(rows: Sequence[Row]) -> list[Row]:
+    """Plotly traces of loss and speed over steps; colours are names the page fills in, as they change in the dark."""
+
+    def line(key: str, name: str, **style: Any) -> Row:
+        points = [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
+        points = points[:: math.ceil(len(points) / POINTS) or 1]
+        x, y = [step for step, _ in points], [float(f"{value:.5g}") for _, value in points]
+        return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, **style}
+
+    first, second = {"color": "$first", "width": 1.8}, {"color": "$second", "width": 1.8, "dash": "dot"}
+    train = line("train/loss", "train", line=first)
+    dev = line("dev/loss", "dev", line=second, marker={"size": 9, "symbol": "diamond"}) | {"mode": "lines+markers"}
+    computed = line("speed/computed_tokens_per_s", "computed", line=first)
+    target = line("speed/target_tokens_per_s", "target", line=second)
+    charts = [("loss", "loss, nats a target token", [train, dev]), ("speed", "tokens/s", [computed, target])]
+    drawn = [{"id": name, "title": title, "traces": [t for t in traces if t["x"]]} for name, title, traces in charts]
+    return [chart for chart in drawn if chart["traces"]]
+
+
+def evaluations(run: Path) -> Row:
+    """Before and after side by side, with the change and whether it is for the better, and the sample answers."""
+    found = read_json(run / "evaluation.json")
+    before, after = found.get("before") or {}, found.get("after") or {}
+    measures = []
+    for name in [key for key in dict.fromkeys([*before, *after]) if "/" in key]:
+        old, new = before.get(name), after.get(name)
+        change = new - old if is_number(old) and is_number(new) else None
+        better = "" if not change else "better" if (change < 0) == name.endswith(("loss", "perplexity")) else "worse"
+        measures.append({"name": name, "before": old, "after": new, "change": change, "better": better})
+    samples = [
+        {**sample, "ok": {k: (sample.get(k) or "").strip() == sample["reference"].strip() for k in ("before", "after")}}
+        for sample in found.get("samples") or []
+    ]
+    return {"measures": measures, "samples": samples, "of": after or before}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level, with dotted names: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def number(value: Any) -> str:
+    """For a person to read: three digits, thousands apart, a dash for what is not there."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(number, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 100 <= abs(value) < math.inf else f"{value:#.3g}".rstrip(".").replace("-", "−", 1)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def values(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if is_number(row.get(key))]
+
+
+def middle(rows: Sequence[Row], key: str) -> float | None:
+    return median(found) if (found := values(rows, key)) else None
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def read_json(path: Path) -> Row:
+    """Read an object, {} where there is no file; raises ValueError that names the file when it is not JSON."""
+    try:
+        return dict(json.loads(read_text(path) or "{}"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from error

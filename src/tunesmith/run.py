@@ -1,0 +1,327 @@
+"""One run: its folder, its status, how it is stopped, and how its failures are told.
+
+The folder's name follows from the config alone, so every rank and every later start finds the same one without asking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tunesmith.config import Config, MethodKind, Refusal
+from tunesmith.plan import Plan, describe, trained_weights
+from tunesmith.world import World
+
+COMPLETED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+"""Exit codes. 75 is EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on."""
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb", "tunesmith")
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class RunFolder:
+    """outputs/NAME/ID and the small files in it; only rank 0 writes, except errors."""
+
+    def __init__(self, path: Path, world: World):
+        self.path = path
+        self.world = world
+        self._lock: FileLock | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """Where the adapter, or the whole model of a full fine-tune, is left."""
+        model = self.path / "model"
+        return model if model.exists() else self.path / "adapter"
+
+    def result_for(self, config: Config) -> Path:
+        return self.path / ("model" if config.method.kind is MethodKind.full else "adapter")
+
+    @classmethod
+    def of(cls, config: Config, plan: Plan, world: World) -> RunFolder:
+        """The folder of a config's run."""
+        return cls(Path(config.outputs) / config.name / plan.run_id, world)
+
+    def status(self) -> dict[str, Any]:
+        return read_json(self.path / "status.json") or {}
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def say_if_complete(self) -> bool:
+        """Whether this very run is done already; if so, say where it lies and how to start another."""
+        if self.status().get("state") != "completed":
+            return False
+        self.say(f"This run is complete: {self.path}")
+        self.say_what_was_made()
+        self.say("To start another, change something that changes the result, e.g. train.seed=1 or optim.lr=5e-4, or give a name=...")
+        return True
+
+    def say_what_was_made(self) -> None:
+        """Name the run folder, the result, the report and the command to chat."""
+        self.say(f"run      {self.path}\nresult   {self.result}\nreport   {self.path / 'report.html'}\nchat     tunesmith chat {self.path}")
+
+    def open(self, config: Config, plan: Plan, data_fingerprint: str) -> None:
+        """Make the folder, take its lock and write what the run is; raises Refusal if that cannot be."""
+        if not self.world.is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(str(self.path / "lock"), timeout=5)
+            self._lock.acquire()  # the system frees it when the process dies, however it dies
+        except Timeout:
+            raise Refusal(f"{self.path}: another process is at work on this very run — wait for it, or change name= or train.seed=") from None
+        except OSError as error:
+            raise Refusal(f"outputs={config.outputs}: cannot write there ({error.strerror}) — choose another folder with outputs=/path") from None
+        (self.path / "first_error.txt").unlink(missing_ok=True)
+        known = self.status().get("data")
+        if known and known != data_fingerprint and self.checkpoints.is_dir():
+            raise Refusal(
+                f"{self.path}: the training data is not what this run began with ({known} then, {data_fingerprint} now) — "
+                "bring the old files back, or start a run of its own with name=..."
+            )
+        free, needed = shutil.disk_usage(self.path).free / 2**30, checkpoint_gib(plan, config)
+        if free < needed:
+            raise Refusal(
+                f"outputs={config.outputs}: {free:.1f} GiB free, the checkpoints need about {needed:.1f} GiB — "
+                "free some space, choose another folder with outputs=/path, or keep fewer with train.keep=1"
+            )
+        write_text(self.path / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True))
+        write_text(self.path / "command.txt", command_line() + "\n")
+        write_json(self.path / "plan.json", plan_record(plan))
+        write_json(self.path / "environment.json", environment(self.world))
+        self.set_status("running", data=data_fingerprint, steps=plan.steps)
+
+    def evaluation(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The evaluation `name` ("before", "after") of evaluation.json, made by all ranks if it is not there yet."""
+        path = self.path / "evaluation.json"
+        known = read_json(path) or {}
+        if name in known:  # a shared file system shows it to every rank alike: it was written before this start
+            return dict(known[name])
+        found = work()
+        if self.world.is_main:
+            write_json(path, {**known, name: found})
+        return found
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Write status.json: pending, running, stopped, failed or completed, with step and steps."""
+        if self.world.is_main:
+            write_json(self.path / "status.json", {**self.status(), "state": state, "updated": round(time.time()), **facts})
+
+    def complete(self, steps: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Mark the run as done and print the table of before and after."""
+        if not self.world.is_main:
+            return
+        path = self.path / "evaluation.json"
+        evaluation = {**(read_json(path) or {}), "samples": list(samples)}
+        write_json(path, evaluation)
+        self.say(before_after(evaluation))
+        self.set_status("completed", step=steps)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 raise a flag that the loop looks at once a step; nothing is saved inside a handler."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    AGAIN_S = 1.0
+    """The same signal again after this long means: now. (Launchers pass one Ctrl-C on as SIGINT and SIGTERM at once.)"""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._armed = False
+        self._seen: dict[int, float] = {}
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+
+    def arm(self) -> None:
+        """From now on the loop will look; before, a signal leaves at once, as there is nothing to save."""
+        self._armed = True
+
+    def disarm(self) -> None:
+        self._armed = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._armed:
+            os._exit(STOPPED)
+        if number in self._seen and now - self._seen[number] > self.AGAIN_S:
+            os._exit(STOPPED)
+        self._seen.setdefault(number, now)
+        self.asked = number
+
+
+@contextmanager
+def failures(world: World) -> Iterator[list[RunFolder]]:
+    """Tell what went wrong once, from the rank where it began, and end this process with the documented exit code.
+
+    Append the run folder to the list that it yields as soon as there is one: ranks find out there who failed first.
+    """
+    folders: list[RunFolder] = []
+    try:
+        yield folders
+    except Stopped as stopped:
+        if world.is_main:
+            print(f"tunesmith: {stopped}", file=sys.stderr)
+        _leave(STOPPED)
+    except Refusal as refusal:
+        if not world.is_main:
+            time.sleep(3)  # rank 0 finds the same; speak only if it has not ended the job by now
+        refuse(refusal)
+    except Exception as error:
+        _tell(error, world, folders[0] if folders else None)
+        _leave(FAILED)
+
+
+def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
+    if run is not None:
+        time.sleep(0.5 * (world.size > 1 and _looks_secondary(error)))
+        try:
+            with (run.path / "first_error.txt").open("x") as file:
+                file.write(f"rank {world.rank} on {world.node}\n{traceback.format_exc()}")
+        except FileExistsError:
+            first = (run.path / "first_error.txt").read_text().splitlines()[0]
+            print(f"tunesmith: rank {world.rank} ends because {first} failed first", file=sys.stderr)
+            return
+        except OSError:
+            pass  # the folder itself is the trouble: print below
+        run.set_status("failed", error=f"{type(error).__name__}: {error}", rank=world.rank)
+    print(f"{traceback.format_exc()}\ntunesmith: rank {world.rank} failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _looks_secondary(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("peer", "connection", "timed out", "gloo", "nccl"))
+
+
+def _leave(code: int) -> None:
+    # Not sys.exit: a process group or a W&B thread with a dead partner can hold up the interpreter for minutes.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def refuse(refusal: Refusal) -> None:
+    """Print a user's mistake without a traceback and leave with exit code 2."""
+    text = str(refusal)
+    print("tunesmith: " + (text if "\n" not in text else "this cannot run as asked:\n  " + text.replace("\n", "\n  ")), file=sys.stderr)
+    _leave(REFUSED)
+
+
+def before_after(evaluation: Mapping[str, Any]) -> str:
+    """The numbers before and after training, and the answers side by side, as plain text."""
+    before, after = evaluation.get("before", {}), evaluation.get("after", {})
+    lines = [f"{'held-out':24}{'before':>10}{'after':>10}"]
+    for name in dict.fromkeys([*before, *after]):
+        if "/" in name:
+            lines.append(f"{name:24}{_shown(before.get(name)):>10}{_shown(after.get(name)):>10}")
+    for row in evaluation.get("samples", []):
+        lines += ["", f"  {row['prompt']}", f"    wanted {row['reference']}", f"    before {_one_line(row['before'])}", f"    after  {_one_line(row['after'])}"]
+    return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def checkpoint_gib(plan: Plan, config: Config) -> float:
+    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weight and two moments each."""
+    trained = trained_weights(plan.shape, config.method)
+    return trained * 4 * (3 * (config.train.keep + 1) + 1) / 2**30
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    """The config as plain nested mappings with enums by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value.name if isinstance(value, Enum) else value
+
+    return plain(dataclasses.asdict(config))  # type: ignore[no-any-return]
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """The plan's simple values for plan.json."""
+    simple = {
+        key: value for key, value in vars(plan).items() if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
+    }
+    return {**simple, "memory": dict(plan.memory), "describe": describe(plan)}
+
+
+def command_line() -> str:
+    """The command that was typed, as far as a rank can know it."""
+    return " ".join(["python", *[f"'{word}'" if any(c in word for c in " [],(){}*") else word for word in sys.argv]])
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, machine and commit, for the record."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "node": world.node,
+        "world_size": world.size,
+        "commit": git.stdout.strip(),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None if the file is missing or damaged."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None

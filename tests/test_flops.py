@@ -1,0 +1,174 @@
+"""The closed form of plan/flops.py against torch's own counter, on real models small enough to run in a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tunesmith.config import Method, MethodKind
+from tunesmith.plan.flops import Flops, step_flops
+from tunesmith.plan.shapes import KNOWN, ModelShape
+
+# PEFT still asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+SIZES = dict(
+    hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2, vocab_size=96,
+    max_position_embeddings=64, attn_implementation="eager",
+)  # fmt: skip
+LENGTH, ROWS, TARGETS = 24, 3, 17
+FULL = Method(kind=MethodKind.full)
+LLAMA = ModelShape("llama", 3, 48, 6, 2, 8, 80, 96, 64)
+QWEN2 = ModelShape("qwen2", 2, 48, 6, 2, 8, 80, 96, 64, tied=True, qkv_bias=True)
+QWEN3 = ModelShape("qwen3", 2, 48, 6, 2, 16, 80, 96, 64, qk_norm=True)
+
+
+def model_of(shape: ModelShape) -> torch.nn.Module:
+    sizes = {**SIZES, "num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied}
+    torch.manual_seed(0)
+    if shape is QWEN2:
+        return Qwen2ForCausalLM(Qwen2Config(**sizes))
+    if shape is QWEN3:
+        return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def counted(shape: ModelShape, method: Method, checkpointing: bool = False, logits_positions: int = TARGETS) -> int:
+    """FLOPs that torch counts in one real training step with the output head at some positions only."""
+    model = model_of(shape)
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert weights == shape.total_weights, "the shape must describe the model that is counted"
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if method.kind is MethodKind.lora:
+        targets = method.targets[0] if method.targets == ["all-linear"] else list(method.targets)
+        tuned = get_peft_model(model, LoraConfig(r=method.r, target_modules=targets, lora_dropout=0.0))
+        # transformers and PEFT each hook the embedding to make its output want gradients under checkpointing, for
+        # reentrant checkpoints; non-reentrant ones do without, and so do not compute what nobody trains.
+        model.get_input_embeddings()._forward_hooks.clear()
+        trained = sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad)
+        assert trained == shape.adapter_weights(method.r, method.targets)
+    model.train()
+    tokens = torch.randint(0, shape.vocab, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden.reshape(-1, shape.hidden)[:logits_positions])
+        torch.nn.functional.cross_entropy(logits, tokens.reshape(-1)[:logits_positions], reduction="sum").backward()
+    return counter.get_total_flops()
+
+
+def lora(*targets: str, r: int = 8) -> Method:
+    return Method(kind=MethodKind.lora, r=r, targets=list(targets) or ["all-linear"])
+
+
+METHODS = {
+    "full": FULL,
+    "all-linear": lora(),
+    "qkvo": lora("q_proj", "k_proj", "v_proj", "o_proj", r=4),
+    "q and v": lora("q_proj", "v_proj"),
+    "v": lora("v_proj"),
+    "k": lora("k_proj"),
+    "o": lora("o_proj"),
+    "up": lora("up_proj"),
+    "down": lora("down_proj"),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_llama_is_counted_to_the_last_flop(method: Method, checkpointing: bool) -> None:
+    predicted = step_flops(LLAMA, method, [LENGTH] * ROWS, TARGETS, checkpointing=checkpointing, attention="dense")
+    assert predicted.executed == counted(LLAMA, method, checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shape", [QWEN2, QWEN3], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("method", [FULL, lora()], ids=["full", "lora"])
+def test_other_families_are_counted_to_the_last_flop(shape: ModelShape, method: Method, checkpointing: bool) -> None:
+    predicted = step_flops(shape, method, [LENGTH] * ROWS, TARGETS, checkpointing=checkpointing, attention="dense")
+    assert predicted.executed == counted(shape, method, checkpointing)
+
+
+def test_logits_at_every_position_count_in_executed_only() -> None:
+    every = ROWS * LENGTH
+    predicted = step_flops(LLAMA, lora(), [LENGTH] * ROWS, TARGETS, logits_positions=every, attention="dense")
+    assert predicted.executed == counted(LLAMA, lora(), logits_positions=every)
+    extra = 4 * LLAMA.vocab * LLAMA.hidden * (every - TARGETS)
+    assert predicted.executed - step_flops(LLAMA, lora(), [LENGTH] * ROWS, TARGETS, attention="dense").executed == extra
+
+
+def test_untrained_adapters_compute_as_much_as_trained_ones() -> None:
+    """lora_B starts as zeros, and a matmul with zeros is a matmul: the count above was taken in the first step."""
+    model = get_peft_model(model_of(LLAMA), LoraConfig(r=8, target_modules="all-linear"))
+    assert all(not weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", [FULL, lora(), lora("q_proj", "v_proj")], ids=["full", "all-linear", "q and v"])
+def test_causal_is_dense_without_the_masked_half(method: Method) -> None:
+    """n^2 scores of which n(n-1)/2 lie above the diagonal; the rest of the step is the same."""
+    lengths = [LENGTH] * ROWS
+    dense = step_flops(LLAMA, method, lengths, TARGETS, attention="dense")
+    masked = ROWS * (LENGTH * (LENGTH - 1) // 2)
+    matmuls = 6 * LLAMA.layers  # QK^T and AV, and two gradients of each
+    if method.targets == ["q_proj", "v_proj"] and method is not FULL:
+        matmuls -= 1  # no gradient to layer 0's keys: nothing below them is trained
+    assert dense.useful == dense.executed - 2 * LLAMA.query_width * matmuls * masked
+
+
+def test_flash_backward_recomputes_the_scores() -> None:
+    n = 100
+    flash = step_flops(LLAMA, FULL, [n], 0)
+    score = 2 * LLAMA.query_width * LLAMA.layers * (n * (n + 1) // 2)
+    assert flash.executed - flash.useful == score
+
+
+@pytest.mark.parametrize("attention", ["flash", "dense"])
+def test_padding_counts_in_executed_only(attention: str) -> None:
+    lengths, padded = [5, 9, 24], [24, 24, 24]
+    ragged = step_flops(LLAMA, lora(), lengths, TARGETS, attention=attention)
+    rectangle = step_flops(LLAMA, lora(), lengths, TARGETS, padded_to=padded, attention=attention)
+    assert rectangle.useful == ragged.useful
+    assert (
+        rectangle.executed == step_flops(LLAMA, lora(), padded, TARGETS, attention=attention).executed > ragged.executed
+    )
+    with pytest.raises(ValueError, match="does not cover"):
+        step_flops(LLAMA, lora(), lengths, TARGETS, padded_to=[8, 8, 24])
+
+
+def test_lora_needs_two_thirds_of_full() -> None:
+    """4N against 6N, plus the adapters: what a 6N rule overstates by half."""
+    shape, lengths = KNOWN["llama-3.1-8b"], [512] * 8
+    full, low_rank = (step_flops(shape, method, lengths, 2048).useful for method in (FULL, lora(r=16)))
+    assert 0.66 < low_rank / full < 0.69
+    weights = shape.layers * shape.matmul_weights_per_layer
+    assert full == pytest.approx(6 * (weights * 4096 + shape.vocab * shape.hidden * 2048), rel=0.02)
+
+
+def test_chatglm_fused_layers_count_like_separate_ones() -> None:
+    """One 4096 -> 4608 matmul is three of 4096 -> 4096, 256, 256; only the layers' names differ."""
+    fused = KNOWN["chatglm3-6b"]
+    plain = replace(fused, fused=False)
+    assert step_flops(fused, FULL, [300, 200], 100, checkpointing=True) == step_flops(
+        plain, FULL, [300, 200], 100, checkpointing=True
+    )
+
+
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=6), st.lists(st.integers(1, 400), max_size=6), st.integers(0, 50)
+)
+def test_steps_add_up_and_execute_at_least_what_is_useful(first: list[int], second: list[int], targets: int) -> None:
+    for method in (FULL, lora("q_proj", "v_proj"), lora()):
+        one, two = step_flops(LLAMA, method, first, targets), step_flops(LLAMA, method, second, 0)
+        both = step_flops(LLAMA, method, first + second, targets)
+        assert both == Flops(one.useful + two.useful, one.executed + two.executed)
+        assert both.executed >= both.useful > 0
+        again = step_flops(LLAMA, method, first + second, targets, checkpointing=True)
+        assert again.useful == both.useful
+        assert again.executed > both.executed

@@ -1,0 +1,74 @@
+"""The table of contents of a run: compose, plan, data, model, engine, train, evaluate, report.
+
+    deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
+"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
+from tunesmith.config import Config, Refusal
+from tunesmith.hardware import this_machine
+from tunesmith.plan import describe, make_plan
+from tunesmith.run import RunFolder, StopSignal, failures, refuse
+from tunesmith.world import World, this_world
+
+register_schema()
+sys.argv[1:] = drop_local_rank(sys.argv[1:])
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(composed: DictConfig) -> None:
+    world = this_world()
+    with failures(world) as failing:
+        run(typed(composed), world, failing)
+
+
+def run(config: Config, world: World, failing: list[RunFolder]) -> None:
+    stop = StopSignal()
+    machine = this_machine()
+    plan = make_plan(config, machine, world.size)
+    folder = RunFolder.of(config, plan, world)
+    if folder.say_if_complete():
+        return
+
+    # The plan holds; from here on torch is imported, and files are fetched and prepared, before process groups exist.
+    from tunesmith import checkpoint, data, engine, evaluate, loop, metrics, model, report
+
+    data.prepare_files(config)
+    base = model.model_folder(config.model)
+    dataset = data.load(config, model.load_tokenizer(base))
+    plan = make_plan(config, machine, world.size, len(dataset.train))
+    folder.open(config, plan, dataset.fingerprint)
+    failing.append(folder)
+    folder.say(describe(plan))
+
+    device = engine.device_for(world, config)
+    engine.join(config, world, device, threads=config.hardware.threads or max(1, machine.cores // world.local_size))
+    worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
+    saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
+    done = saves.restore()
+
+    def judge() -> dict[str, object]:
+        return evaluate.evaluate(worker, dataset, config.eval, plan.micro_batch)
+
+    before = folder.evaluation("before", judge) if config.eval.before else {}
+    with metrics.open_sinks(config, folder, plan.steps, done) as sinks:
+        loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
+        checkpoint.export(worker, folder.result_for(config))
+        after = folder.evaluation("after", judge) if config.eval.after else {}
+        sinks.summarise(after)
+    folder.complete(plan.steps, evaluate.side_by_side(dataset, before, after, config.eval.samples))
+    if world.is_main:
+        report.write_report(folder.path)
+    folder.say_what_was_made()
+    worker.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except COMPOSITION_ERRORS as error:
+        refuse(Refusal(explain(error, sys.argv[1:])))
