@@ -3,6 +3,7 @@
     deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
 """
 
+import os
 import sys
 
 import hydra
@@ -10,11 +11,12 @@ from omegaconf import DictConfig
 
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
-from tunesmith.hardware import this_machine
+from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.plan import describe, make_plan
 from tunesmith.run import RunFolder, StopSignal, failures, refuse
 from tunesmith.world import World, this_world
 
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let mistakes reach us: `explain` names all of them, a line each
 register_schema()
 sys.argv[1:] = drop_local_rank(sys.argv[1:])
 
@@ -29,18 +31,21 @@ def main(composed: DictConfig) -> None:
 def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     stop = StopSignal()
     machine = this_machine()
-    plan = make_plan(config, machine, world.size)
+    plan = make_plan(config, machine, world.size, local_size=world.local_size)
     folder = RunFolder.of(config, plan, world)
     if folder.say_if_complete():
         return
 
+    prepare_environment(on_cpu=plan.card == "cpu")
     # The plan holds; from here on torch is imported, and files are fetched and prepared, before process groups exist.
     from tunesmith import checkpoint, data, engine, evaluate, loop, metrics, model, report
 
     data.prepare_files(config)
     base = model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
-    plan = make_plan(config, machine, world.size, len(dataset.train))
+    plan = make_plan(
+        config, machine, world.size, len(dataset.train), local_size=world.local_size, longest_tokens=dataset.longest_tokens
+    )
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
     folder.say(describe(plan))

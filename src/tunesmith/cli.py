@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunesmith.compose import stored_config
 from tunesmith.config import Refusal
+from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.run import refuse
 
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not (asked.run / "config.yaml").is_file():
             raise Refusal(f"{asked.run}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
+        prepare_environment(on_cpu=this_machine().kind == "cpu")
         if asked.command == "chat":
             from tunesmith.chat import chat as talk
 

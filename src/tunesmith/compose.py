@@ -123,7 +123,7 @@ def _mistakes_in_file(name: str, files: dict[str, None]) -> Iterator[str]:
             continue
         for group, option in default.items():
             group = str(group).removeprefix("override ").removeprefix("optional ").lstrip("/")
-            if group == "local" or option is None:
+            if group == "local" or group.startswith("hydra/") or option is None:
                 continue
             if str(option) in choices(group):
                 files[f"{group}/{option}"] = None

@@ -28,7 +28,7 @@ class Card:
     peak: Mapping[str, float]
     """FLOPS by type, with fp32 accumulation; a type that the card lacks is absent. fp32 is without tensor cores."""
     memory_gib: float
-    """What torch can see, the smallest figure that we found reported (ECC and the driver take their share)."""
+    """What torch can allocate, rounded down from reports (ECC and the driver take their share)."""
     bandwidth_gb_per_s: float
     """Memory bandwidth, 1e9 bytes/s."""
     link: str
@@ -138,6 +138,13 @@ class Machine:
     def __str__(self) -> str:
         cards = f"{len(self.device_names)} x {self.device_names[0]}" if self.device_names else "no GPU"
         return f"{cards}, {self.cores} cores, {self.ram_gib:.1f} GiB of RAM ({self.cpu_name or 'unknown CPU'})"
+
+
+def prepare_environment(on_cpu: bool) -> None:
+    """Set what libraries read when they are imported; call it before torch is."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and later forks do not go together
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for cards that are not to be used, and say so
 
 
 def this_machine() -> Machine:

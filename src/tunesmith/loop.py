@@ -40,7 +40,11 @@ class Training:
         train, world = config.train, engine.world
         batches = Batches(dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching)
         dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
-        peak, note = peak_flops(config.hardware.peak, machine, config.precision.compute.name, engine.threads)
+        on_cpu, compute = engine.device.type == "cpu", config.precision.compute.name
+        # Rank 0 measures (alone on the cores), then the others read what it cached.
+        peak, note = engine.broadcast(
+            peak_flops(config.hardware.peak, machine, compute, engine.threads, cpu=on_cpu) if world.is_main else None
+        )
         if world.is_main:
             print(f"peak     {note}")
         meter = Meter(engine.device, world.size, peak)
@@ -80,8 +84,15 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
     except FloatingPointError as error:
         places = ", ".join(parts.batches.examples[i].place for i in parts.batches.conversations(step)[:4])
         raise FloatingPointError(f"step {step + 1}: {error}; conversations {places}, ... — a lower optim.lr or precision=fp32 may help") from None
-    flops = step_flops(parts.plan.shape, parts.config.method, work.lengths, work.targets, checkpointing=parts.config.engine.checkpointing)
-    rate = Rate(len(work.lengths), work.padded_tokens, work.padded_tokens - sum(work.lengths), work.targets, flops.useful, flops.executed)
+    flops = step_flops(
+        parts.plan.shape,
+        parts.config.method,
+        work.lengths,
+        work.targets,
+        padded_to=work.padded_lengths,
+        checkpointing=parts.config.engine.checkpointing,
+    )
+    rate = Rate(len(work.lengths), sum(work.padded_lengths), sum(work.padded_lengths) - sum(work.lengths), work.targets, flops.useful, flops.executed)
     return {
         "train/loss": outcome.loss,
         "train/lr": lr,

@@ -46,6 +46,11 @@ class Dataset:
     renderer: Renderer
 
     @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest training conversation."""
+        return max(example.computed for example in self.train)
+
+    @property
     def fingerprint(self) -> str:
         """8 hex of the rendered training data: a resumed run must find what it began with."""
         total = hashlib.sha256()

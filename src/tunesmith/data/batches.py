@@ -65,8 +65,8 @@ class StepWork:
     """Real tokens of each conversation."""
     targets: int
     """Target tokens of the whole step: what the loss is divided by."""
-    padded_tokens: int
-    """Computed tokens, padding included."""
+    padded_lengths: tuple[int, ...]
+    """What each conversation fills, padding included."""
 
 
 class Batches:
@@ -119,17 +119,14 @@ class Batches:
 
     def work(self, step: int, world_size: int) -> StepWork:
         """Lengths and counts of the step over all ranks."""
-        lengths = [self.examples[i].computed for i in self.conversations(step)]
-        padded = sum(lengths)
+        chosen = self.conversations(step)
+        lengths = {i: self.examples[i].computed for i in chosen}
+        filled = dict(lengths)
         if self.batching is Batching.padded:
-            padded = sum(
-                len(part) * max(self.examples[i].computed for i in part)
-                for parts in self.split(step, world_size)
-                for part in parts
-                if part
-            )
-        targets = sum(self.examples[i].target_count for i in self.conversations(step))
-        return StepWork(tuple(lengths), targets, padded)
+            for part in (part for parts in self.split(step, world_size) for part in parts if part):
+                filled |= dict.fromkeys(part, max(lengths[i] for i in part))
+        targets = sum(self.examples[i].target_count for i in chosen)
+        return StepWork(tuple(lengths.values()), targets, tuple(filled[i] for i in chosen))
 
 
 def lay_out(examples: Sequence[Example], batching: Batching, weight: float = 1.0) -> MicroBatch:

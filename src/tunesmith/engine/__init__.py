@@ -138,7 +138,6 @@ class Engine(ABC):
 def device_for(world: World, config: Config) -> torch.device:
     """This rank's device: the card of its local rank, or the CPU where the run is meant for it or no card is here."""
     if config.hardware.card == "cpu" or not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for cards that are not to be used
         return torch.device("cpu")
     return torch.device("cuda", world.local_rank)
 

@@ -5,7 +5,9 @@ transformers, peft and bitsandbytes are named in this room only (the tokenizer's
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter", "save_model"]
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
 DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16: torch.bfloat16}
 
 
@@ -77,9 +80,12 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.engine.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.method.kind is MethodKind.lora:
-            model.enable_input_require_grads()
+        with _known_warnings():
+            base = model.get_base_model() if config.method.kind is MethodKind.lora else model
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Non-reentrant checkpoints need no gradient at the embedding; PEFT and transformers hook one in all the same, and
+        # backward would go on below the lowest adapter.
+        base.get_input_embeddings()._forward_hooks.clear()
     model.train()
     if config.method.base is Base.as_is:
         model.to(device)
@@ -121,10 +127,19 @@ def _with_adapters(model: Any, config: Config) -> Any:
         use_rslora=method.rslora,
     )
     try:
-        return get_peft_model(model, lora)
+        with _known_warnings():
+            return get_peft_model(model, lora)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
         raise Refusal(f"method.targets={method.targets}: {str(error).splitlines()[0]} — this model has {', '.join(linear)}") from None
+
+
+@contextmanager
+def _known_warnings() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 @contextmanager

@@ -72,15 +72,28 @@ def ragged_attention(
     if ragged is None:
         raise RuntimeError(f"{NAME} attention needs the layout of the micro-batch (keyword `ragged`)")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+    shared = q.shape[1] // k.shape[1]
+    grouped = shared > 1 and _flash_serves(q)
+    if shared > 1 and not grouped:
+        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
     parts = []
     for box in ragged:
         box_q, box_k, box_v = (_fill(x[box.start : box.stop], box) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
-            box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+            box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
         )
         out = out.transpose(1, 2).reshape(box.rows * box.longest, *q.shape[1:])
         parts.append(out if box.cells is None else out[box.cells])
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+
+
+def _flash_serves(query: torch.Tensor) -> bool:
+    """Whether SDPA has a flash kernel here, which takes grouped keys as they are. Without it (T4, fp32 on a card) grouped
+    keys would send SDPA to its plain path with n x n scores; repeated keys keep its memory-efficient kernel."""
+    if query.device.type == "cpu":
+        return True
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(query.device)[0] >= 8
 
 
 def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith.config import NOT_IN_RUN_ID, Base, Compute, Config, EngineKind, Method, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak, peak_flops
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
+from tunesmith.plan.memory import BUCKET, memory_gib
 from tunesmith.plan.shapes import ModelShape, shape_of
 
 __all__ = [
@@ -73,7 +73,7 @@ class Plan:
     longest_tokens: int
     """Longest conversation: data.max_tokens until the data has been counted."""
     flops: Flops
-    """Of a step in which every conversation had longest_tokens tokens, half of them targets: an upper bound."""
+    """Of a step in which every conversation had longest_tokens tokens, all of them targets: an upper bound."""
     peak_flops: float | None
     """FLOPS of one rank's device that MFU divides by; None: unknown, or measured when the run starts."""
     peak_note: str
@@ -130,7 +130,7 @@ def _number_problems(config: Config) -> Iterator[str]:
     for path, value in _leaves(config):
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        words, fits = rules.get(path, ("must not be negative", lambda value: value >= 0))
+        words, fits = rules.get(path, ("must not be negative or infinite", lambda value: value >= 0))
         if not (math.isfinite(value) and fits(value)):
             yield f"{path}={value}: {words} — type {path}={defaults[path]}"
     if config.train.steps <= 0 and config.train.epochs <= 0:
@@ -201,7 +201,7 @@ def _hardware_problems(
 ) -> Iterator[str]:
     wanted, compute = config.hardware.card, config.precision.compute
     if wanted not in ("cpu", "any", *CARDS):
-        yield f"hardware.card={wanted}: no such row — one of cpu, any, {', '.join(CARDS)}"
+        yield f"hardware.card={wanted}: no such row — type one of cpu, any, {', '.join(CARDS)}"
         return
     on_cpu, card = _target(config, machine)
     if on_cpu and compute is Compute.fp16:
@@ -319,8 +319,10 @@ def make_plan(
         shape = shape_of(config.model.path, config.model.known_as)
     except ValueError as error:
         unknown = [str(error)]
-    steps, epochs = _length(config, conversations) if config.train.conversations_per_step >= 1 else (0, 0.0)
-    found = unknown + problems(config, machine, world_size, shape, local_size=local_size, steps=steps)
+    countable = config.train.conversations_per_step >= 1 and math.isfinite(config.train.epochs)
+    steps, epochs = _length(config, conversations) if countable else (0, 0.0)
+    counted = _with(config, {"data.max_tokens": longest_tokens or config.data.max_tokens})
+    found = unknown + problems(counted, machine, world_size, shape, local_size=local_size, steps=steps)
     if found or shape is None:
         raise PlanError(found)
 
@@ -353,11 +355,7 @@ def make_plan(
         memory_limit_gib=limit_gib,
         longest_tokens=tokens,
         flops=step_flops(
-            shape,
-            config.method,
-            [tokens] * per_step,
-            round(tokens * per_step * TARGET_SHARE),
-            checkpointing=config.engine.checkpointing,
+            shape, config.method, [tokens] * per_step, tokens * per_step, checkpointing=config.engine.checkpointing
         ),
         peak_flops=peak,
         peak_note=peak_note,
@@ -391,9 +389,8 @@ def _length(config: Config, conversations: int | None) -> tuple[int, float]:
     if steps > 0:
         return steps, steps / math.ceil(conversations / per_step)
     whole = math.floor(epochs)
-    rest = math.ceil(
-        round((epochs - whole) * conversations / per_step, 6)
-    )  # rounded: 0.1 is a little more than a tenth
+    part = (epochs - whole) * conversations / per_step
+    rest = math.ceil(round(part, 6))  # rounded, since 0.1 is a little more than a tenth
     return whole * math.ceil(conversations / per_step) + rest, epochs
 
 
@@ -514,7 +511,7 @@ def describe(plan: Plan) -> str:
     parts = " + ".join(f"{name} {size:.2f}" for name, size in plan.memory.items() if size >= 0.005)
     useful, executed, seconds = plan.flops.useful / 1e12, plan.flops.executed / 1e12, ""
     if plan.peak_flops:
-        seconds = f", at least {plan.flops.executed / plan.world_size / plan.peak_flops:.3g} s"
+        seconds = f", {plan.flops.executed / plan.world_size / plan.peak_flops:.3g} s at the peak"
     total, trained = shape.total_weights / 1e6, plan.trained_weights / 1e6
     lines = {
         "run": f"{plan.name}/{plan.run_id}",

@@ -51,7 +51,7 @@ class ModelShape:
 
     @property
     def blocks(self) -> tuple[tuple[Linear, ...], ...]:
-        """Linear layers of a decoder layer by what they read: attention's input and output, the MLP's input and inside."""
+        """Linear layers of a decoder layer by what they read: input and output of attention, of the MLP."""
         h, q, kv, f = self.hidden, self.query_width, self.kv_width, self.intermediate
         ups = 2 if self.gated else 1
         if self.fused:
@@ -101,7 +101,7 @@ class ModelShape:
             return self.linears
         if unknown := sorted(wanted - set(names)):
             raise ValueError(
-                f"method.targets={','.join(unknown)}: {self.name} has {', '.join(names)}, or all-linear for all"
+                f"method.targets={','.join(unknown)}: not in {self.name} — type some of {', '.join(names)}, all-linear"
             )
         return tuple(linear for linear in self.linears if linear[0] in wanted)
 

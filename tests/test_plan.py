@@ -1,0 +1,611 @@
+"""The plan: shapes against transformers, memory against autograd and DeepSpeed, arithmetic by property."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    GlmConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Refusal
+from tunesmith.hardware import CARDS, Machine
+from tunesmith.plan import PlanError, describe, make_plan, memory_gib, problems, run_id, shape_of, trained_weights
+from tunesmith.plan.memory import GIB, layer_activation_bytes
+from tunesmith.plan.shapes import KNOWN, ModelShape
+
+HERE = Machine(cores=2, ram_gib=23.5, cpu_name="some CPU")
+T4 = Machine("cuda", ("Tesla T4",), (14.56,), 8, 51.0, "some CPU")
+A10S = Machine("cuda", ("NVIDIA A10",) * 4, (22.0,) * 4, 32, 128.0, "some CPU")
+FULL, LORA = MethodKind.full, MethodKind.lora
+QWEN = KNOWN["qwen2.5-1.5b"]
+
+
+def config_of(**values: Any) -> Config:
+    """A config that runs on any CPU, with some keys changed: section__key=value."""
+    config = Config(name="test")
+    config.model.path, config.model.known_as, config.data.train = "somewhere", "smollm2-135m", "train.json"
+    config.data.max_tokens = 512
+    for path, value in values.items():
+        section, _, key = path.partition("__")
+        if key:
+            assert hasattr(getattr(config, section), key)
+            setattr(getattr(config, section), key, value)
+        else:
+            setattr(config, section, value)
+    return config
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+    "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248, "tinyllama-1.1b": 1_100_048_384, "mistral-7b-v0.3": 7_248_023_552,
+    "chatglm3-6b": 6_243_584_000, "glm-4-9b": 9_399_951_360,
+}  # fmt: skip
+
+
+def transformers_config(shape: ModelShape) -> PretrainedConfig:
+    sizes = dict(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied, max_position_embeddings=shape.max_positions,
+    )  # fmt: skip
+    if shape.fused:  # ChatGLM's own code is not in transformers; GLM is the same decoder
+        return GlmConfig(**sizes, head_dim=shape.head_dim, attention_bias=shape.qkv_bias, pad_token_id=0)
+    if shape.qk_norm:
+        return Qwen3Config(**sizes, head_dim=shape.head_dim)
+    if shape.qkv_bias:
+        return Qwen2Config(**sizes)
+    return (MistralConfig if "mistral" in shape.name else LlamaConfig)(**sizes, head_dim=shape.head_dim)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_weights_are_counted_exactly(name: str) -> None:
+    shape = KNOWN[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers_config(shape))
+    assert shape.total_weights == sum(weight.numel() for weight in model.parameters()) == PUBLISHED[name]
+    linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert shape.layers * shape.matmul_weights_per_layer == sum(module.weight.numel() for module in linear)
+    assert shape.embedding_weights == (1 if shape.tied else 2) * model.get_input_embeddings().weight.numel()
+
+
+def test_adapter_weights() -> None:
+    assert KNOWN["smollm2-135m"].adapter_weights(16, ["all-linear"]) == 4_884_480  # as PEFT prints for this model
+    chatglm = KNOWN["chatglm3-6b"]
+    assert chatglm.adapter_weights(8, ["query_key_value"]) == 28 * 8 * (4096 + 4608) == 1_949_696
+    assert [name for name, _, _ in chatglm.linears] == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    assert chatglm.linears[2][2] == 2 * 13696
+    with pytest.raises(
+        ValueError, match=r"method.targets=q_proj: not in chatglm3-6b — type some of query_key_value, dense, "
+    ):
+        chatglm.adapter_weights(8, ["q_proj", "dense"])
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "qwen2.5-7b", "qwen3-8b", "llama-3.2-1b", "mistral-7b-v0.3", "tinyllama-1.1b"]
+)
+def test_a_folder_says_its_own_shape(tmp_path: Path, name: str) -> None:
+    transformers_config(KNOWN[name]).save_pretrained(tmp_path)
+    assert shape_of(str(tmp_path), name) == KNOWN[name]
+    assert shape_of(str(tmp_path)).name == tmp_path.name
+
+
+def test_a_folder_of_chatglm(tmp_path: Path) -> None:
+    given = dict(
+        model_type="chatglm", num_layers=28, hidden_size=4096, num_attention_heads=32, kv_channels=128,
+        multi_query_attention=True, multi_query_group_num=2, ffn_hidden_size=13696, padded_vocab_size=65024,
+        seq_length=8192, add_qkv_bias=True, add_bias_linear=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert shape_of(str(tmp_path), "chatglm3-6b") == KNOWN["chatglm3-6b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "known_as", "row"),
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", "", "qwen2.5-1.5b"),
+        ("meta-llama/Llama-3.1-8B-Instruct/", "", "llama-3.1-8b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "", "mistral-7b-v0.3"),
+        ("THUDM/chatglm3-6b", "", "chatglm3-6b"),
+        ("pypi:wheel==1/model.gguf", "smollm2-135m", "smollm2-135m"),
+    ],
+)
+def test_a_name_says_the_shape(path: str, known_as: str, row: str) -> None:
+    assert shape_of(path, known_as) is KNOWN[row]
+
+
+def test_unknown_shapes_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model.path=some/thing: .* type model.known_as=ROW, one of smollm2-135m, .*glm-4-9b"
+    ):
+        shape_of("some/thing")
+    with pytest.raises(ValueError, match=r"model.known_as=gpt-2: "):
+        shape_of("Qwen/Qwen3-8B", "gpt-2")
+    file = tmp_path / "config.json"
+    for text, words in [
+        ('{"model_type": "mamba"}', "'mamba' is not counted"),
+        ('{"model_type": "llama", "mlp_bias": true}', "with mlp_bias"),
+        ('{"model_type": "llama"}', "has no 'num_attention_heads'"),
+        ("{torn", "shapes are known of llama"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words) as refusal:
+            shape_of(str(tmp_path))
+        assert str(refusal.value).startswith(f"model.path={tmp_path}: ")
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+TINY = ModelShape("tiny", 3, 48, 6, 2, 8, 80, 96, 64)
+ROWS, LENGTH = 2, 48
+
+
+def saved_bytes(method: Method, compute: Compute) -> int:
+    """What autograd keeps after the forward of a real model, its own weights apart."""
+    model: Any = LlamaForCausalLM(LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2, vocab_size=96,
+        num_hidden_layers=3, max_position_embeddings=64, attn_implementation="sdpa",
+    )).to({Compute.fp32: torch.float32, Compute.bf16: torch.bfloat16}[compute])  # fmt: skip
+    if method.kind is LORA:
+        targets = "all-linear" if method.targets == ["all-linear"] else method.targets
+        lora = LoraConfig(r=method.r, target_modules=targets, lora_dropout=method.dropout)
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False).base_model.model
+    model.train()
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.long), use_cache=False)
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("compute", [Compute.fp32, Compute.bf16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "method",
+    [Method(kind=FULL), Method(r=8), Method(r=8, targets=["q_proj", "v_proj"]), Method(r=8, dropout=0.1)],
+    ids=["full", "all-linear", "q and v", "dropout"],
+)
+def test_activations_are_what_autograd_saves(method: Method, compute: Compute) -> None:
+    c = 4 if compute is Compute.fp32 else 2
+    config = config_of(method=method, precision__compute=compute)
+    per_token = TINY.layers * layer_activation_bytes(TINY, config)
+    if method.kind is FULL:
+        per_token += 4 * TINY.hidden + 4 + c * TINY.hidden  # the last norm
+    expected = ROWS * LENGTH * per_token
+    expected += 2 * LENGTH * TINY.head_dim * c  # cosines and sines, for all layers
+    if method.kind is FULL:
+        expected += ROWS * LENGTH * 8  # the token ids, for the embedding's gradient
+    if method.dropout:  # on a CPU a mask has the compute type; layer 0's q, k and v have an input without gradient
+        widths = sum(inputs for _, inputs, _ in TINY.linears)
+        expected += ROWS * LENGTH * ((c - 1) * TINY.layers * widths - c * 3 * TINY.hidden)
+    assert saved_bytes(method, compute) == expected
+
+
+def gib_of(
+    shape: ModelShape = QWEN, world_size: int = 1, tokens: int = 2048, cpu: bool = False, **values: Any
+) -> dict[str, float]:
+    return memory_gib(shape, config_of(**values), world_size, tokens, cpu=cpu)
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 8])
+def test_states_are_what_deepspeed_estimates(world_size: int) -> None:
+    """Its rule for ZeRO 2 in half precision: 2 bytes a weight, and 18 split over the ranks."""
+    parts = gib_of(world_size=world_size, method__kind=FULL, precision__compute=Compute.fp16)
+    states = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    assert states * GIB == pytest.approx(QWEN.total_weights * (2 + 18 / world_size))
+
+
+def test_states_without_deepspeed_are_16_bytes_a_weight() -> None:
+    parts = gib_of(method__kind=FULL, engine__kind=EngineKind.accelerate)
+    assert sum(parts[name] for name in ("weights", "gradients", "optimizer")) * GIB == QWEN.total_weights * 16
+
+
+def test_zero_splits_one_thing_more_at_each_stage() -> None:
+    parts = [
+        gib_of(world_size=4, method__kind=FULL, precision__compute=Compute.bf16, engine__zero=zero) for zero in range(4)
+    ]
+    for stage, name in [(1, "optimizer"), (3, "weights")]:
+        assert parts[stage][name] * 4 == pytest.approx(parts[stage - 1][name])
+    assert parts[2]["gradients"] < parts[1]["gradients"]
+    assert sum(parts[3].values()) < sum(parts[2].values()) < sum(parts[1].values()) < sum(parts[0].values())
+
+
+def test_offload_takes_the_optimizer_off_the_card() -> None:
+    on, off = (
+        gib_of(world_size=2, method__kind=FULL, precision__compute=Compute.fp16, engine__offload=offload)
+        for offload in (True, False)
+    )
+    assert on["optimizer"] == 0 < off["optimizer"]
+    assert on["gradients"] < off["gradients"]
+    assert on["weights"] == off["weights"]
+
+
+def test_bases_take_their_bits() -> None:
+    linear, rest = QWEN.layers * QWEN.matmul_weights_per_layer, QWEN.embedding_weights + 87_552 + 57_344
+    assert linear + rest == QWEN.total_weights  # norms and biases
+    adapters = QWEN.adapter_weights(16, ["all-linear"]) * 2
+    size = {
+        base: gib_of(method__base=base, precision__compute=Compute.fp16)["weights"] * GIB - adapters for base in Base
+    }
+    assert size[Base.as_is] == pytest.approx(QWEN.total_weights * 2)
+    assert size[Base.nf4] == pytest.approx(linear * 4.127 / 8 + rest * 2, rel=1e-4)
+    assert size[Base.int8] == pytest.approx(linear + rest * 2, rel=0.01)
+
+
+def test_checkpointing_and_shorter_batches_save_activations() -> None:
+    plain, again = gib_of(), gib_of(engine__checkpointing=True)
+    assert again["activations"] < plain["activations"] / 5
+    assert {**again, "activations": 0} == {**plain, "activations": 0}
+    assert gib_of(tokens=1024)["activations"] * 2 == pytest.approx(plain["activations"])
+    assert gib_of(tokens=1024)["logits"] * 2 == pytest.approx(plain["logits"])
+
+
+def test_a_published_peak_is_met() -> None:
+    """PEFT's public comparison has Llama-3.2-3B, bf16, LoRA r=32 on q and v, at 20.8 GB with 4 x 768 tokens.
+
+    Its loss makes logits at every position, and its peak comes from the longest batch.
+    """
+    config = config_of(
+        method__r=32, method__targets=["q_proj", "v_proj"], precision__compute=Compute.bf16,
+        engine__kind=EngineKind.accelerate,
+    )  # fmt: skip
+    parts = memory_gib(KNOWN["llama-3.2-3b"], config, 1, 4 * 768, targets=4 * 768)
+    assert sum(parts.values()) * GIB / 1e9 == pytest.approx(20.8, rel=0.1)
+
+
+# --- batch arithmetic ----------------------------------------------------------------------------------------------
+
+machines = st.sampled_from([(HERE, "cpu", Compute.fp32), (A10S, "a10", Compute.bf16)])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(0, 40), machines, st.sampled_from([32, 512, 2048]))
+def test_a_step_is_covered(
+    share: int, world_size: int, micro: int, machine: tuple[Machine, str, Compute], tokens: int
+) -> None:
+    here, card, compute = machine
+    per_step = share * world_size
+    config = config_of(
+        train__conversations_per_step=per_step, train__micro_batch=min(micro, share), hardware__card=card,
+        precision__compute=compute, model__known_as="qwen2.5-0.5b" if card == "a10" else "smollm2-135m",
+    )  # fmt: skip
+    plan = make_plan(config, here, world_size, longest_tokens=32 if micro else tokens)  # a given one must fit
+    places = plan.micro_batch * plan.accumulation * world_size
+    assert per_step <= places < per_step + plan.accumulation * world_size, "less than one empty place a micro-batch"
+    assert 1 <= plan.micro_batch <= share
+    # What the data room reckons for itself, from the micro-batch alone.
+    assert plan.accumulation == math.ceil(per_step / (plan.micro_batch * world_size))
+    if micro:
+        assert plan.micro_batch <= min(micro, share)
+    else:
+        assert plan.micro_batch == 1 or plan.memory_gib <= 0.92 * plan.memory_limit_gib
+        assert card != "cpu" or plan.micro_batch <= 16
+    assert plan.deepspeed["train_micro_batch_size_per_gpu"] == plan.micro_batch
+    assert plan.deepspeed["gradient_accumulation_steps"] == plan.accumulation
+
+
+def test_the_plan_fills_a_card_but_not_to_the_brim() -> None:
+    config = config_of(
+        model__known_as="qwen2.5-7b", method__base=Base.nf4, engine__checkpointing=True, hardware__card="t4",
+        precision__compute=Compute.fp16, data__max_tokens=1024, train__conversations_per_step=64,
+    )  # fmt: skip
+    plan = make_plan(config, T4, 1)
+    assert (plan.micro_batch, plan.accumulation) == (4, 16)
+    assert plan.memory_gib < 0.92 * 14.56
+    assert sum(memory_gib(plan.shape, config, 1, 8 * 1024).values()) > 0.92 * 14.56
+    assert make_plan(config, T4, 1, longest_tokens=128).micro_batch > 4, "shorter data, larger micro-batches"
+
+
+@pytest.mark.parametrize(
+    ("values", "conversations", "steps", "epochs"),
+    [
+        ({"train__epochs": 3.0}, 4000, 750, 3.0),
+        ({"train__epochs": 3.0}, 100, 21, 3.0),  # 7 a pass, the last of them with 4 conversations
+        ({"train__epochs": 0.1}, 4800, 30, 0.1),  # not 31, although 0.1 is a little more than a tenth
+        ({"train__epochs": 2.5}, 100, 7 + 7 + 4, 2.5),
+        ({"train__steps": 14}, 100, 14, 2.0),
+        ({"train__steps": 100}, None, 100, 0.0),
+        ({"train__epochs": 3.0}, None, 0, 3.0),
+    ],
+)
+def test_length(values: dict[str, Any], conversations: int | None, steps: int, epochs: float) -> None:
+    plan = make_plan(config_of(**values), HERE, 1, conversations)
+    assert (plan.steps, plan.epochs) == (steps, epochs)
+
+
+def test_small_data_is_noted() -> None:
+    config = config_of(train__epochs=100.0)
+    assert make_plan(config, HERE, 1, 5).notes == ["the data has 5 conversations, fewer than the 16 of a step"]
+    uneven = make_plan(config_of(train__micro_batch=5), HERE, 1)
+    assert (uneven.micro_batch, uneven.accumulation, uneven.notes) == (4, 4, [])
+    assert make_plan(config_of(train__conversations_per_step=7, train__micro_batch=4), HERE, 1).notes == [
+        "7 conversations leave 1 of a step's 8 places empty"
+    ]
+
+
+# --- problems ------------------------------------------------------------------------------------------------------
+
+
+def refused(
+    config: Config, machine: Machine = HERE, world_size: int = 1, conversations: int | None = None, **more: Any
+) -> list[str]:
+    with pytest.raises(PlanError) as refusal:
+        make_plan(config, machine, world_size, conversations, **more)
+    assert isinstance(refusal.value, Refusal)
+    assert str(refusal.value).splitlines() == refusal.value.problems
+    return refusal.value.problems
+
+
+ON_A10 = {"hardware__card": "a10", "precision__compute": Compute.bf16}
+
+
+@pytest.mark.parametrize(
+    ("values", "start", "advice"),
+    [
+        ({"optim__lr": 0.0}, "optim.lr=0.0: must be above 0", "optim.lr=0.0002"),
+        ({"optim__lr": math.nan}, "optim.lr=nan: must be above 0", "optim.lr=0.0002"),
+        ({"optim__lr": math.inf}, "optim.lr=inf: must be above 0", "optim.lr=0.0002"),
+        ({"optim__weight_decay": -0.1}, "optim.weight_decay=-0.1: must not be negative", "optim.weight_decay=0.0"),
+        ({"optim__beta2": 1.0}, "optim.beta2=1.0: must be at least 0 and below 1", "optim.beta2=0.999"),
+        ({"optim__min_lr_ratio": 1.5}, "optim.min_lr_ratio=1.5: must be between 0 and 1", "optim.min_lr_ratio=0.0"),
+        ({"method__r": 0}, "method.r=0: must be at least 1", "method.r=16"),
+        ({"method__dropout": 1.0}, "method.dropout=1.0: must be at least 0 and below 1", "method.dropout=0.0"),
+        ({"train__keep": 0}, "train.keep=0: must be at least 1", "train.keep=2"),
+        ({"train__seed": -1}, "train.seed=-1: must not be negative", "train.seed=0"),
+        ({"train__epochs": math.inf}, "train.epochs=inf: must not be negative or", "train.epochs=3.0"),
+        ({"train__epochs": 0.0}, "train.epochs=0.0: not one step", "train.epochs=3"),
+        ({"train__conversations_per_step": 0}, "train.conversations_per_step=0: must be at least 1", "per_step=16"),
+        ({"eval__conversations": -5}, "eval.conversations=-5: must not be negative", "eval.conversations=200"),
+        ({"data__prepare_train": 0}, "data.prepare_train=0: must be at least 1", "data.prepare_train=4000"),
+        ({"data__max_tokens": 9000}, "data.max_tokens=9000: smollm2-135m knows 8192 positions", "data.max_tokens=8192"),
+        ({"train__micro_batch": 17}, "train.micro_batch=17: a rank has only 16", "train.micro_batch=16"),
+        ({"train__steps": 10}, "optim.warmup_steps=10: the run has only 10 steps", "optim.warmup_steps=1"),
+        ({"engine__zero": 4}, "engine.zero=4: ZeRO has stages 0 to 3", "engine.zero=2"),
+        ({"engine__offload": True, "engine__zero": 1}, "engine.offload=true: ZeRO 1 keeps", "engine.zero=2"),
+        ({"engine__kind": EngineKind.accelerate, "engine__offload": True}, "engine.offload=true", "engine=deepspeed"),
+        ({"method__kind": FULL, "method__base": Base.nf4}, "method.base=nf4: a quantised base", "method=qlora"),
+        ({"method__kind": FULL, "method__base": Base.int8}, "method.base=int8: a quantised base", "method=lora_int8"),
+        ({"method__base": Base.nf4, "engine__zero": 3}, "engine.zero=3: splits weights", "engine.zero=2"),
+        ({"method__targets": ["query"]}, "method.targets=query: not in smollm2-135m", "some of q_proj, "),
+        ({"method__targets": []}, "method.targets=[]: no layer", "method.targets=[all-linear]"),
+        ({"precision__compute": Compute.fp16}, "precision.compute=fp16: on a CPU half precision", "precision=fp32"),
+        ({"hardware__peak": "fast"}, "hardware.peak=fast: not table, measure or a positive n", "hardware.peak=125e12"),
+        ({"hardware__card": "h100"}, "hardware.card=h100: no such row — type one of cpu, any, t4, ", "h100_sxm"),
+        ({"model__known_as": "gpt-2"}, "model.known_as=gpt-2: no local config.json", "model.known_as=ROW"),
+    ],
+)  # fmt: skip
+def test_each_problem_says_what_to_type(values: dict[str, Any], start: str, advice: str) -> None:
+    (line,) = refused(config_of(**values))
+    assert line.startswith(start)
+    assert advice in line.split(" — ")[1]
+
+
+def test_conversations_must_divide_by_the_ranks() -> None:
+    for per_step, world_size, nearest in [(16, 3, 15), (17, 3, 18), (1, 4, 4), (16, 6, 18)]:
+        (line,) = refused(config_of(train__conversations_per_step=per_step), replace(HERE, ram_gib=99), world_size)
+        assert line == (
+            f"train.conversations_per_step={per_step}: does not divide by {world_size} ranks, and each takes as many "
+            f"— type train.conversations_per_step={nearest}"
+        )
+
+
+def test_warm_up_is_held_against_the_data_too() -> None:
+    (line,) = refused(config_of(train__epochs=1.0), conversations=100)
+    assert line.startswith("optim.warmup_steps=10: the run has only 7 steps")
+    assert make_plan(config_of(train__epochs=1.0), HERE, 1, 1000).steps == 63
+
+
+def test_everything_is_said_at_once() -> None:
+    config = config_of(
+        optim__lr=-1.0, train__keep=0, train__conversations_per_step=7, engine__zero=1, engine__offload=True,
+        method__kind=FULL, method__base=Base.nf4, hardware__peak="?", precision__compute=Compute.fp16,
+        model__known_as="qwen2.5-7b",
+    )  # fmt: skip
+    paths = [line.partition("=")[0] for line in refused(config, world_size=2)]
+    assert paths == [
+        "train.keep", "optim.lr", "hardware.peak", "train.conversations_per_step", "engine.offload", "method.base",
+        "precision.compute", "data.max_tokens",
+    ]  # fmt: skip
+
+
+def test_bf16_needs_units_for_it() -> None:
+    for card in ("t4", "any"):
+        (line,) = refused(config_of(hardware__card=card, precision__compute=Compute.bf16), T4)
+        assert line.startswith("precision.compute=bf16: the t4 has no bf16 units (compute capability 7.5")
+        assert line.endswith("type precision=fp16")
+    assert make_plan(config_of(hardware__card="any", precision__compute=Compute.fp16), T4, 1).card == "t4"
+
+
+def test_a_card_that_is_not_here() -> None:
+    (line,) = refused(config_of(**ON_A10, hardware__count=2))
+    assert line.startswith("hardware.card=a10: needs 2 x a10 (22 GiB each, ")
+    assert "here is no GPU, 2 cores, 23.5 GiB of RAM (some CPU)" in line
+    assert line.endswith(
+        "type hardware=cpu precision=fp32 to run this very experiment here, or +exp=lora_cpu, made for a CPU"
+    )
+    as_told = config_of(hardware__card="cpu", precision__compute=Compute.fp32, hardware__count=2)
+    assert make_plan(as_told, HERE, 1).card == "cpu", "the advice works"
+    (line,) = refused(config_of(**ON_A10, model__known_as="qwen2.5-7b", data__max_tokens=2048))
+    assert "it would not fit here either (53.0 of 23.5 GiB a rank); +exp=lora_cpu does" in line
+
+
+def test_another_card_is_here() -> None:
+    config = config_of(hardware__card="a10", precision__compute=Compute.fp16)
+    assert refused(config, T4) == ["hardware.card=a10: here is Tesla T4 — type hardware.card=t4"]
+    stranger = replace(T4, device_names=("NVIDIA Z9",))
+    assert refused(config, stranger) == ["hardware.card=a10: here is NVIDIA Z9 — type hardware.card=any"]
+    config.hardware.card = "any"
+    plan = make_plan(config, stranger, 1)
+    assert (plan.card, plan.peak_flops) == ("NVIDIA Z9", None)
+    assert "add one to CARDS" in plan.peak_note
+
+
+def test_ranks_and_cards_must_agree() -> None:
+    (line,) = refused(config_of(**ON_A10), A10S, 8)
+    assert line.startswith("hardware.card=a10: 8 ranks on this machine, but 4 x NVIDIA A10 — start 4 here")
+    assert make_plan(config_of(**ON_A10), A10S, 8, local_size=4).world_size == 8, "two machines of four"
+    (line,) = refused(config_of(**ON_A10, hardware__count=4), A10S, 1)
+    assert line.startswith("hardware.count=4: 1 started — deepspeed --num_gpus 4 train.py")
+
+
+def test_a_model_that_does_not_fit_comes_with_what_helps() -> None:
+    config = config_of(
+        hardware__card="t4", precision__compute=Compute.fp16, model__known_as="llama-3.1-8b", data__max_tokens=1024
+    )
+    (line,) = refused(config, T4)
+    fact, advice = line.split(" — type ")
+    assert fact.startswith("data.max_tokens=1024: llama-3.1-8b with 1 x 1024 tokens needs ")
+    assert fact.endswith("GiB a rank, and the card is 14.6 GiB")
+    assert advice.startswith("method.base=nf4 (")
+    assert 2 <= advice.count("GiB)") <= 4
+    config.method.base, config.engine.checkpointing = Base.nf4, True
+    assert problems(config, T4, 1, KNOWN["llama-3.1-8b"]) == [], "the advice works"
+
+
+def test_ranks_on_one_machine_share_its_ram() -> None:
+    config = config_of(model__known_as="qwen2.5-1.5b", train__conversations_per_step=4)
+    assert make_plan(config, HERE, 1).memory_limit_gib == 23.5
+    (line,) = refused(config, HERE, 4)
+    assert "the RAM of a rank is 5.9 GiB" in line
+    assert make_plan(config, HERE, 4, local_size=1).world_size == 4
+
+
+def test_a_good_config_has_no_problems_with_or_without_a_shape() -> None:
+    assert problems(config_of(), HERE, 1) == problems(config_of(), HERE, 2, KNOWN["smollm2-135m"]) == []
+    assert problems(config_of(hardware__card="any"), HERE, 1) == []
+
+
+@pytest.mark.parametrize("key", CARDS)
+def test_every_card_can_be_planned_for(key: str) -> None:
+    card = CARDS[key]
+    compute = Compute.bf16 if "bf16" in card.peak else Compute.fp16
+    machine = Machine("cuda", card.names[-1:], (card.memory_gib,), 8, 64.0)
+    config = config_of(
+        hardware__card=key, precision__compute=compute, model__known_as="qwen2.5-7b", method__base=Base.nf4
+    )
+    plan = make_plan(config, machine, 1, 1000)
+    assert (plan.card, plan.peak_flops) == (key, card.peak[compute.value])
+    assert plan.memory_gib <= 0.92 * card.memory_gib
+
+
+# --- what follows --------------------------------------------------------------------------------------------------
+
+
+def test_the_run_id_knows_what_changes_the_result() -> None:
+    base = run_id(config_of())
+    assert len(base) == 8
+    assert int(base, 16) >= 0
+    same: list[dict[str, Any]] = [
+        {"outputs": "/elsewhere"}, {"engine__timeout_s": 5}, {"train__keep": 9}, {"train__save_every": 1},
+        {"tracker__project": "x"}, {"eval__samples": 1}, {"hardware__card": "any"}, {"hardware__threads": 3},
+        {"optim__lr": 0.0002}, {"train__epochs": 3}, {"method__targets": ["all-linear"]},
+    ]  # fmt: skip
+    for values in same:
+        assert run_id(config_of(**values)) == base, values
+    other: list[dict[str, Any]] = [
+        {"name": "other"}, {"optim__lr": 1e-3}, {"train__seed": 1}, {"method__r": 8},
+        {"precision__compute": Compute.bf16}, {"data__max_tokens": 511}, {"engine__zero": 1}, {"train__epochs": 3.5},
+        {"method__targets": ["q_proj"]},
+    ]  # fmt: skip
+    assert len({base, *(run_id(config_of(**values)) for values in other)}) == 1 + len(other)
+
+
+def test_deepspeed_is_told_what_was_planned() -> None:
+    config = config_of(**ON_A10, optim__clip=0.5, engine__offload=True)
+    told = make_plan(config, A10S, 4).deepspeed
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert told["zero_optimization"]["overlap_comm"] is True
+    assert told["bf16"] == {"enabled": True}
+    assert "fp16" not in told
+    assert told["gradient_clipping"] == 0.5
+    assert told["comms_logger"]["enabled"] is False
+    config.precision.compute, config.engine.zero, config.engine.offload = Compute.fp16, 0, False
+    told = make_plan(config, A10S, 4).deepspeed
+    assert told["fp16"]["initial_scale_power"] == 16
+    assert told["zero_optimization"]["stage"] == 0
+    told = make_plan(config_of(), HERE, 1).deepspeed
+    assert not {"fp16", "bf16"} & set(told)
+    assert told["comms_logger"]["enabled"] is True
+    assert told["zero_optimization"]["overlap_comm"] is False
+    assert make_plan(config_of(engine__kind=EngineKind.accelerate), HERE, 1).deepspeed == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_deepspeed_understands_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed refuses keys it does not know inside its sections."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = config_of(**ON_A10, engine__offload=True, train__micro_batch=4)
+    read = DeepSpeedConfig(make_plan(config, A10S, 1).deepspeed)
+    assert (read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps, read.train_batch_size) == (4, 4, 16)
+    assert (read.zero_config.stage, read.zero_config.offload_optimizer.device) == (2, "cpu")
+    assert read.bfloat16_config.enabled
+    config.precision.compute, config.engine.zero, config.engine.offload = Compute.fp16, 3, False
+    read = DeepSpeedConfig(make_plan(config, A10S, 1).deepspeed)
+    assert (read.zero_config.stage, read.float16_config.enabled, read.float16_config.loss_scale) == (3, True, 0)
+    assert DeepSpeedConfig(make_plan(config_of(), HERE, 1).deepspeed).comms_config.comms_logger.enabled
+
+
+def test_describe_fits_a_glance() -> None:
+    config = config_of(**ON_A10, name="lora_a10", model__known_as="qwen2.5-1.5b", data__max_tokens=2048)
+    plan = make_plan(config, A10S, 4, 4000)
+    text = describe(plan)
+    lines = text.splitlines()
+    assert len(lines) <= 14
+    assert max(map(len, lines)) <= 120
+    for words in (
+        f"lora_a10/{plan.run_id}", "qwen2.5-1.5b, 1,543.7 M weights, 18.5 M trained", "LoRA r=16, bf16, DeepSpeed",
+        "16 conversations = 2 in a micro-batch x 2 accumulated x 4 ranks", "750 steps = 3 epochs of 4,000 convers",
+        "of 22.0 GiB a rank", "125 TFLOPS a rank, table: NVIDIA A10 datasheet",
+    ):  # fmt: skip
+        assert words in text
+    executed = plan.flops.executed
+    assert f"{executed / 4 / 125e12:.3g} s at the peak" in text
+    assert plan.trained_weights == trained_weights(plan.shape, config.method) == 18_464_768
+
+
+def test_describe_says_what_is_not_known_yet() -> None:
+    text = describe(make_plan(config_of(train__conversations_per_step=7, train__micro_batch=4), HERE, 1))
+    assert "as many steps as the data asks for, 3 epochs" in text
+    assert "7 conversations <= 4 in a micro-batch x 2 accumulated x 1 rank" in text
+    assert "note     7 conversations leave 1" in text
+    assert len(text.splitlines()) <= 14
+
+
+def test_a_plan_is_frozen_and_pure() -> None:
+    config = config_of()
+    plan = make_plan(config, HERE, 1)
+    with pytest.raises(FrozenInstanceError):
+        plan.steps = 1  # type: ignore[misc]
+    assert make_plan(config, HERE, 1) == plan
+    assert config == config_of(), "the config is not touched"
