@@ -77,3 +77,5 @@ if __name__ == "__main__":
         main()
     except COMPOSITION_ERRORS as error:
         refuse(Refusal(explain(error, sys.argv[1:])))
+    except Refusal as refusal:  # variables of a launcher that contradict each other: `failures` needs to know the rank
+        refuse(refusal)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config import Config, Refusal
 from tunesmith.data import Conversation, Turn
 from tunesmith.data.templates import renderer_for
-from tunesmith.model import load_tokenizer, model_folder, read_adapter
+from tunesmith.model import load_tokenizer, model_folder, read_adapter, stream
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 
@@ -31,7 +30,7 @@ def chat(run: Path, config: Config, once: str | None, max_new_tokens: int) -> No
         if not said:
             return
         turns.append(Turn("user", said))
-        text = _stream(model, renderer.prompt(Conversation(tuple(turns))), tokenizer, renderer.stop_ids, max_new_tokens)
+        text = stream(model, renderer.prompt(Conversation(tuple(turns))), tokenizer, renderer.stop_ids, max_new_tokens)
         turns.append(Turn("assistant", text or "..."))
         if once is not None:
             return
@@ -42,21 +41,3 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _stream(model: Any, prompt: list[int], tokenizer: Any, stop_ids: tuple[int, ...], max_new_tokens: int) -> str:
-    import torch
-    from transformers import TextStreamer
-
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0],
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    said: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-    return said.strip()

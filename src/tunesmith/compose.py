@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,6 +20,9 @@ from tunesmith.config import Config, Refusal
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+OPTIONS_WITH_VALUE = frozenset(
+    "-c --cfg -i --info -p --package -cn --config-name -cp --config-path -cd --config-dir".split()
+)
 
 
 def register_schema() -> None:
@@ -27,16 +31,19 @@ def register_schema() -> None:
 
 
 def typed(composed: DictConfig) -> Config:
-    """Turn a composed config into plain dataclasses; raises Refusal listing every value that is still missing."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        lines = [f"{key}: no value — set {key}=..." for key in missing]
-        if "name" in missing:
-            lines.append(f"or start from an experiment: +exp=NAME, one of {', '.join(choices('exp'))}")
-        raise Refusal("\n".join(lines))
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    return config
+    """Turn a composed config into plain dataclasses; raises Refusal listing what is missing, or naming what leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if not missing:
+            config = OmegaConf.to_object(composed)
+            assert isinstance(config, Config)
+            return config
+    except OmegaConfBaseException as error:  # ${...} of something that is not there
+        raise Refusal(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    lines = [f"{key}: no value — set {key}=..." for key in missing]
+    if "name" in missing:
+        lines.append(f"or start from an experiment: +exp=NAME, one of {', '.join(choices('exp'))}")
+    raise Refusal("\n".join(lines))
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -68,7 +75,8 @@ def drop_local_rank(arguments: list[str]) -> list[str]:
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Every mistake in the overrides and in the files they choose, a line each; Hydra's own words if none is found."""
-    lines = list(_mistakes([word for word in overrides if not word.startswith("-")]))
+    pairs = pairwise(["", *overrides])
+    lines = list(_mistakes([word for before, word in pairs if not word.startswith("-") and before not in OPTIONS_WITH_VALUE]))
     return "\n".join(dict.fromkeys(lines)) or " ".join(str(error).split())
 
 
@@ -146,7 +154,7 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
     """One line if key is not in the schema, or value not of its type."""
-    if key.split(".")[0] == "hydra":
+    if key.replace("/", ".").split(".")[0] == "hydra":
         return
     kind: Any = Config
     for depth, part in enumerate(parts := key.split(".")):
@@ -161,6 +169,8 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
             yield f"{where}: {key}: no such key{hint} (valid{' in ' + section if section else ''}: {', '.join(names)})"
             return
         kind = get_type_hints(kind)[part]
+    if is_dataclass(kind) and not isinstance(value, dict):
+        yield f"{where}: {key} is a section, not a value — write {key}.KEY=..., KEY one of {', '.join(item.name for item in fields(kind))}"
     if value == "???" or is_dataclass(kind):
         return
     schema = OmegaConf.structured(Config)
@@ -171,7 +181,7 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
             wanted = "one of " + ", ".join(member.name for member in kind)
         else:
             wanted = getattr(kind, "__name__", str(kind))
-            wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(wanted, str(kind))
+            wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list [a,b]"}.get(wanted, str(kind))
         yield f"{where}: {key}: {value!r} is not {wanted}"
 
 

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from tunesmith.config import Refusal
+
 GIB = 2**30
 FAKE_MACHINE = "TUNESMITH_FAKE_MACHINE"
 """Environment variable: a JSON object of Machine's fields that stands in for this machine, to plan for another one."""
@@ -150,7 +152,7 @@ def prepare_environment(on_cpu: bool) -> None:
 def this_machine() -> Machine:
     """Look at the driver, the affinity mask and the cgroup, in milliseconds and without torch.
 
-    CUDA_VISIBLE_DEVICES is honoured (empty hides every card), and so is TUNESMITH_FAKE_MACHINE. Raises ValueError when
+    CUDA_VISIBLE_DEVICES is honoured (empty hides every card), and so is TUNESMITH_FAKE_MACHINE. Raises Refusal when
     the latter is not a JSON object of Machine's fields.
     """
     if fake := os.environ.get(FAKE_MACHINE):
@@ -177,7 +179,7 @@ def _fake_machine(text: str) -> Machine:
             raise ValueError("kind must be cuda or cpu, and every device name needs its memory_gib")
     except (AttributeError, TypeError, ValueError) as error:
         example = '{"kind": "cuda", "device_names": ["Tesla T4"], "memory_gib": [14.56], "cores": 8, "ram_gib": 51}'
-        raise ValueError(f"{FAKE_MACHINE}={text!r}: {error} — for example {example}") from None
+        raise Refusal(f"{FAKE_MACHINE}={text!r}: {error} — for example {example}") from None
     return machine
 
 

@@ -94,7 +94,8 @@ def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
     if loss is not None and not isinstance(loss, bool):
         raise ValueError(f"{where}: loss is {loss!r} — true or false")
     last = before[-1].role if before else None
-    if role == "tool" and "name" in message:
+    # OpenAI's answer of a tool may carry a name too; it has the answer as content, a call of ChatGLM3 has none.
+    if role == "tool" and "name" in message and (message.get("parameters") is not None or not message.get("content")):
         name, parameters = message["name"], message.get("parameters", {})
         if not isinstance(name, str) or not name:
             raise ValueError(f"{where}: a tool turn's name is {name!r} — the tool's name as text")
@@ -106,10 +107,16 @@ def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
         return
     if role == "tool":  # OpenAI's answer of a tool: what ChatGLM3 calls an observation
         role = "observation"
+    content = message.get("content")
+    if content is not None and not isinstance(content, str) and role != "observation":
+        raise ValueError(f"{where}: the {role} turn's content is {_kind(content)} — text")
     if calls := message.get("tool_calls"):
+        if role != "assistant" or not isinstance(calls, list):
+            raise ValueError(f"{where}: tool_calls are {_kind(calls)} in the {role} turn — a list, in an assistant turn")
+        if content:  # what was said before calling
+            yield Turn("assistant", content, loss=loss is not False)
         yield from (Turn("assistant", call=_openai_call(call, where), loss=loss is not False) for call in calls)
         return
-    content = message.get("content")
     if content is None or content == "":
         raise ValueError(
             f"{where}: the {role} turn has no content" + (" and no `name`" if message["role"] == "tool" else "")
@@ -126,7 +133,9 @@ def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
 
 
 def _openai_call(call: Any, where: str) -> Call:
-    function = call.get("function", call) if isinstance(call, dict) else {}
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise ValueError(f"{where}: a tool call is {_kind(call if function is None else function)} — an object with name and arguments")
     name, arguments = function.get("name"), function.get("arguments", {})
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -139,12 +148,12 @@ def _openai_call(call: Any, where: str) -> Call:
 
 def _records(path: Path, mistakes: list[str]) -> Iterator[tuple[str, Any]]:
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors put a byte order mark in front
     except UnicodeDecodeError as error:
         mistakes.append(f"{path}: byte {error.start} is not UTF-8 — save the file as UTF-8")
         return
     if path.suffix == ".jsonl" or not text.lstrip().startswith("["):
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON text may hold U+2028 as it is
             if line.strip():
                 try:
                     yield f"{path}:{number}", json.loads(line)

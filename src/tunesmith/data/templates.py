@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
+import unicodedata
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,8 +182,7 @@ class ChatGLM3(Renderer):
         return (self.special(f"<|{role}|>"),)
 
     def turn(self, turn: Turn, index: int) -> list[Piece]:
-        metadata = turn.call.name if turn.call else ""
-        said = self.call_text(turn.call) if turn.call else turn.content
+        metadata, _, said = self.call_text(turn.call).partition("\n") if turn.call else ("", "", turn.content)
         return [Piece((*self.header(turn.role), *self.encode(f"{metadata}\n"), *self.encode(said)), turn.loss, index)]
 
     def render(self, conversation: Conversation) -> list[Piece]:
@@ -193,7 +195,7 @@ class ChatGLM3(Renderer):
         return super().prompt(conversation)[:-2] + [self.special("<|assistant|>")]  # without the final eos
 
     def call_text(self, call: Call) -> str:
-        return f"```python\n{python_call(Call('tool_call', call.parameters))}\n```"
+        return f"{call.name}\n```python\n{python_call(Call('tool_call', call.parameters))}\n```"
 
     def tools_text(self, tools: Any) -> str:
         shown = json.dumps(tools, ensure_ascii=False, indent=4)
@@ -223,36 +225,56 @@ def renderer_for(tokenizer: Tokenizer, data: Data) -> Renderer:
 
 
 def python_call(call: Call) -> str:
-    """A call as Python writes it, name(key='value', ...); a name that is no identifier goes into a ** dictionary."""
-    plain = [f"{key}={value!r}" for key, value in call.parameters.items() if key.isidentifier()]
-    other = {key: value for key, value in call.parameters.items() if not key.isidentifier()}
+    """A call as Python writes it, name(key='value', ...); a name that cannot stand before = goes into a ** dictionary."""
+    plain = [f"{key}={value!r}" for key, value in call.parameters.items() if _stands_alone(key)]
+    other = {key: value for key, value in call.parameters.items() if not _stands_alone(key)}
     return f"{call.name}({', '.join([*plain, *([f'**{other!r}'] if other else [])])})"
+
+
+def _stands_alone(key: str) -> bool:
+    # `from` and `class` are common parameter names; Python's parser would also normalise what is not NFKC.
+    return key.isidentifier() and not keyword.iskeyword(key) and unicodedata.is_normalized("NFKC", key)
 
 
 def parse_call(text: str) -> Call | None:
     """Read a call back from what a model wrote in any of the forms above, literals only, nothing is executed; else None."""
     text = text.strip()
-    name = ""
-    if found := re.search(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", text, re.S):
-        text = found[1]
-    elif found := re.match(r"(?P<name>[^\n`]*)\n\s*```(?:python)?\n(?P<body>.*?)\n?```", text, re.S):
-        name, text = found["name"].strip(), found["body"]
-    elif text.startswith("[") and text.endswith("]"):
+    if fenced := re.match(r"(?P<name>[^\n`]*)\n\s*```(?:python)?\n(?P<body>.*?)(?:\n```|$)", text, re.S):
+        call = _python_form(fenced["body"].rstrip("`\n "))
+        return Call(fenced["name"].strip(), call.parameters) if call and call.name == "tool_call" else call
+    if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
-    if text.startswith("{"):
-        try:
-            record = json.loads(text)
-            return Call(record["name"], dict(record.get("arguments", record.get("parameters", {}))))
-        except (ValueError, KeyError, TypeError):
-            return None
+    if call := _python_form(text):
+        return call
+    return _json_form(text.partition("<tool_call>")[2].lstrip() or text)
+
+
+def _python_form(text: str) -> Call | None:
+    found = re.fullmatch(r"(?P<name>[\w.:/-]+)\((?P<arguments>.*)\)", text, re.S)
+    if not found:
+        return None
+    parameters: dict[str, Any] = {}
     try:
-        call = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a stray backslash in what a model wrote
+            # Under a name of our own: the tool's may be none that Python can read (get-weather).
+            call = ast.parse(f"call({found['arguments']})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        parameters: dict[str, Any] = {}
-        for keyword in call.keywords:
-            value = ast.literal_eval(keyword.value)
-            parameters.update({keyword.arg: value} if keyword.arg else value)
+        for argument in call.keywords:
+            value = ast.literal_eval(argument.value)
+            parameters = {**parameters, **({argument.arg: value} if argument.arg else value)}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
-    return Call(name if name and call.func.id == "tool_call" else call.func.id, parameters)
+    return Call(found["name"], parameters) if all(isinstance(key, str) for key in parameters) else None
+
+
+def _json_form(text: str) -> Call | None:
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text)  # what follows the object does not matter
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    name, parameters = record.get("name"), record.get("arguments", record.get("parameters", {}))
+    return Call(name, parameters) if isinstance(name, str) and isinstance(parameters, dict) else None

@@ -1,6 +1,7 @@
 """Accelerate: one process or DDP."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with real types.
+import os
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ class AccelerateEngine(Engine):
         self.loss_module = module
         self.clip = config.optim.clip
         compute = config.precision.compute
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is the config's choice, not `accelerate launch`'s
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if compute is Compute.fp32 else compute.value
         )

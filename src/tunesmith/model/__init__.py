@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
     from tunesmith.data.templates import Tokenizer
 
-__all__ = ["TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter", "save_model"]
+__all__ = ["TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter", "save_model", "stream"]
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
 DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16: torch.bfloat16}
@@ -175,6 +175,24 @@ def read_adapter(folder: Path, base_folder: Path) -> Any:
     if is_adapter:
         model = PeftModel.from_pretrained(model, folder)
     return model.to(device).eval()
+
+
+def stream(model: Any, prompt: list[int], tokenizer: Any, stop_ids: tuple[int, ...], max_new_tokens: int) -> str:
+    """Answer a prompt greedily, printing each word as it comes; the answer without its stop token is returned too."""
+    from transformers import TextStreamer
+
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    said: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    return said.strip()
 
 
 def perplexity(mean_loss: float) -> float:
