@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -19,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from tunesmith.config import Config, Refusal
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
-OPTIONS_WITH_VALUE = frozenset(
-    "-c --cfg -i --info -p --package -cn --config-name -cp --config-path -cd --config-dir".split()
-)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+OPTIONS_WITH_VALUE = (
+    "-c", "--cfg", "-i", "--info", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir",
+)  # fmt: skip
 
 
 def register_schema() -> None:
@@ -124,7 +125,11 @@ def _mistakes_in_file(name: str, files: dict[str, None]) -> Iterator[str]:
     except Exception as error:  # any YAML error: its text has the line and column
         yield f"conf/{name}.yaml: {' '.join(str(error).split())}"
         return
-    assert isinstance(content, DictConfig)
+    if not isinstance(content, DictConfig):
+        yield f"conf/{name}.yaml: a list — write lines of key: value"
+        return
+    if name.startswith(("exp/", "local/")) and "@package _global_" not in path.read_text("utf-8"):
+        yield f"conf/{name}.yaml: its keys would land in a section {name.split('/')[0]} — let its first line be # @package _global_"
     for default in content.pop("defaults", []):
         if isinstance(default, str):
             files[default.lstrip("/") if "/" in default else f"{Path(name).parent}/{default}"] = None

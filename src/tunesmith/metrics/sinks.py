@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import queue
+import secrets
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
-from tunesmith.run import RunFolder, as_mapping
+from tunesmith.run import RunFolder, as_mapping, read_json, write_json
 
 
 class Sink(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def close(self, summary: Mapping[str, Any]) -> None: ...
+    def close(self, summary: Mapping[str, Any], completed: bool) -> None: ...
 
 
 class Sinks:
@@ -29,178 +30,213 @@ class Sinks:
 
     def __init__(self, sinks: Sequence[Sink]):
         self.sinks = sinks
-        self._summary: dict[str, Any] = {}
+        self._summary: dict[str, float] = {}
+        self._told: set[str] = set()
 
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for sink in self.sinks:
-            sink.close(self._summary)
+            self._attempt(sink, lambda sink=sink: sink.close(self._summary, error is None))  # type: ignore[misc]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self.sinks:
-            sink.log(step, metrics)
+            self._attempt(sink, lambda sink=sink: sink.log(step, metrics))  # type: ignore[misc]
 
     def summarise(self, numbers: Mapping[str, Any]) -> None:
-        """Numbers of the whole run, for trackers that show one line a run."""
-        self._summary |= {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+        """Metrics of the whole run, for trackers that show one line a run."""
+        self._summary |= {name: value for name, value in numbers.items() if "/" in name}
+
+    def _attempt(self, sink: Sink, work: Callable[[], None]) -> None:
+        """A full disk or a terminal that is gone must not end a training: say it once a sink, and try again next time."""
+        name = type(sink).__name__
+        try:
+            work()
+        except OSError as error:
+            if name not in self._told:
+                self._told.add(name)
+                with suppress(OSError):
+                    print(f"tunesmith: {name}: {error} — training goes on", file=sys.stderr, flush=True)
 
 
 class JsonLines:
-    """One JSON object a line and step; a resumed run goes on in the same file (readers take the last line of a step)."""
+    """One JSON object a line and step; a resumed run goes on in the same file (readers take the last line of a step).
+
+    Lines that a full disk does not take stay in memory and are written, in order, once it has room again.
+    """
 
     def __init__(self, path: Path):
-        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:  # killed within a line: end it, so that it does not spoil the next one
-            self._file.write("\n")
+        self._file = path.open("a+b")
+        if self._file.tell() and self._last_byte() != b"\n":  # killed within a line: end it, so that it does not spoil the next one
+            self._file.write(b"\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}).encode() + b"\n")
+        self._file.flush()
 
-    def close(self, summary: Mapping[str, Any]) -> None:
+    def close(self, summary: Mapping[str, Any], completed: bool) -> None:
         self._file.close()
+
+    def _last_byte(self) -> bytes:
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl by step, later lines over earlier ones of the same step; torn lines are passed over."""
-    by_step: dict[int, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                by_step.setdefault(int(record["step"]), {}).update(record)
-            except (ValueError, KeyError, TypeError):
+    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows."""
+    rows: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:  # a line is one flat object: after a torn write the last "{" is where the resumed run went on
+                row = json.loads(line[max(line.rfind("{"), 0) :])
+            except ValueError:
                 continue
-    return [by_step[step] for step in sorted(by_step)]
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 class Console:
     """A progress bar with ETA, loss, tokens/s, TFLOPS and MFU; plain lines now and then where there is no terminal."""
 
+    NUMBERS = (
+        ("train/loss", "loss", "{:.3f}"),
+        ("dev/loss", "held-out loss", "{:.3f}"),
+        ("speed/computed_tokens_per_s", "tokens/s", "{:,.0f}"),
+        ("speed/tflops_per_device", "TFLOPS", "{:.3g}"),
+        ("speed/mfu", "MFU", "{:.0%}"),
+    )
+    LINE_EVERY_S = 10.0
+
     def __init__(self, steps: int, done: int):
         self.steps = steps
-        self._rich = RichConsole(file=sys.stderr)
-        self._last_line_s = 0.0
+        self._done_before, self._start_s = done, time.monotonic()
+        self._line_s = -self.LINE_EVERY_S
         self._progress: Progress | None = None
-        if self._rich.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=self._rich,
-            )
+        rich = RichConsole(file=sys.stderr)
+        if rich.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[numbers]}"))
+            self._progress = Progress(*columns, console=rich)
             self._task = self._progress.add_task("step", total=steps, completed=done, numbers="")
             self._progress.start()
-        self._first: tuple[int, float] = (done, time.monotonic())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        parts = []
-        for name, label, form in (
-            ("train/loss", "loss", "{:.3f}"),
-            ("dev/loss", "held-out loss", "{:.3f}"),
-            ("speed/computed_tokens_per_s", "tokens/s", "{:,.0f}"),
-            ("speed/tflops_per_device", "TFLOPS", "{:.3g}"),
-            ("speed/mfu", "MFU", "{:.0%}"),
-        ):
-            if name in metrics:
-                parts.append(f"{label} {form.format(metrics[name])}")
-        numbers = " · ".join(parts)
+        parts = [f"{label} {form.format(metrics[name])}" for name, label, form in self.NUMBERS if name in metrics]
+        numbers = " · ".join([*parts, f"left {self._left(step)}"])
+        now = time.monotonic()
         if self._progress:
             self._progress.update(self._task, completed=step, numbers=numbers)
-            return
-        now = time.monotonic()
-        if step == self.steps or "dev/loss" in metrics or now - self._last_line_s > 10:
-            self._last_line_s = now
-            done, since = step - self._first[0], now - self._first[1]
-            left_s = since / done * (self.steps - step) if done > 0 else 0
-            print(f"step {step}/{self.steps} · {numbers} · left {left_s / 60:.1f} min", file=sys.stderr, flush=True)
+        elif step == self.steps or "dev/loss" in metrics or now - self._line_s >= self.LINE_EVERY_S:
+            self._line_s = now
+            print(f"step {step}/{self.steps} · {numbers}", file=sys.stderr, flush=True)
 
-    def close(self, summary: Mapping[str, Any]) -> None:
+    def close(self, summary: Mapping[str, Any], completed: bool) -> None:
         if self._progress:
             self._progress.stop()
 
+    def _left(self, step: int) -> str:
+        """Time to go at this start's mean pace; rich's own column forgets steps of half a minute before it has two."""
+        done = step - self._done_before
+        left_s = (time.monotonic() - self._start_s) / max(done, 1) * (self.steps - step)
+        return f"{left_s:.0f} s" if left_s < 100 else f"{left_s / 60:.0f} min" if left_s < 6000 else f"{left_s / 3600:.1f} h"
+
 
 class WandbSink:
-    """W&B behind a queue and a thread of its own: refused, silent or slow, it never stops or delays a step.
+    """W&B in a process of its own that reads metrics.jsonl (to_wandb.py): refused, silent or slow, it never delays a step.
 
-    The run id is kept with the run, so that a resumed run continues the same W&B run. If W&B has not answered after
-    tracker.init_timeout_s, the run is logged offline, to be sent later with `wandb sync`.
+    When W&B does not answer within tracker.init_timeout_s, breaks down later, or has not taken everything when the run
+    ends, another process reads the same lines into an offline run, to be sent with `wandb sync`. wandb.json in the run
+    folder keeps the W&B run's id, so that a resumed run continues it, and how far the record has been read.
     """
 
     CLOSE_S = 20.0
-    """How long closing may take before the process leaves anyway; what is not sent lies in the run folder."""
+    """How long W&B may take to finish when the run ends, before it is left offline."""
 
     def __init__(self, config: Config, run: Path, resolved: Mapping[str, Any]):
-        self.config = config
-        self._run_folder = run
-        self._resolved = resolved
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | Mapping[str, Any]] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._thread.start()
+        tracker, state = config.tracker, run / "wandb.json"
+        known = read_json(state)
+        if known is None:
+            write_json(state, known := {"id": secrets.token_hex(4), "read": 0})
+        self._order = {
+            "metrics": str(run / "metrics.jsonl"),
+            "state": str(state),
+            "read": known["read"],
+            "close_s": self.CLOSE_S,
+            "settings": {
+                "init_timeout": tracker.init_timeout_s,
+                "program": sys.argv[0],
+                "program_relpath": os.path.relpath(sys.argv[0]),
+                "console": "off",
+                "x_disable_stats": True,  # docs/metrics.md: card/* and memory/* are measured here
+            },
+            "init": {
+                "id": known["id"],
+                "resume": "allow",
+                "project": tracker.project,
+                "entity": tracker.entity or None,
+                "group": tracker.group or None,
+                "tags": tracker.tags or None,
+                "job_type": tracker.job_type,
+                "name": f"{config.name}-{run.name}",
+                "dir": str(run.absolute()),
+                "config": dict(resolved),
+            },
+        }
+        self._offline = f"wandb sync {run / 'wandb'}/offline-run-*"
+        self._start(tracker.mode)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._queue.put((step, dict(metrics)))
+        """Nothing to do but to see whether W&B is still there: its process reads the line from metrics.jsonl."""
+        if self._process.poll() is not None:
+            self._go_offline()
 
-    def close(self, summary: Mapping[str, Any]) -> None:
-        self._queue.put(dict(summary))
-        self._thread.join(self.CLOSE_S)
-        if self._thread.is_alive():
-            print(f"tracker=wandb: W&B does not answer; nothing is lost: wandb sync {self._run_folder / 'wandb'}/*run-*", file=sys.stderr)
+    def close(self, summary: Mapping[str, Any], completed: bool) -> None:
+        last = json.dumps({"summary": dict(summary), "completed": completed}).encode() + b"\n"
+        while not self._ended(last):
+            if not self._go_offline():
+                print("tracker=wandb: W&B did not finish; metrics.jsonl has everything", file=sys.stderr)
+                return
 
-    def _work(self) -> None:
+    def _ended(self, last: bytes) -> bool:
+        """Whether W&B's process, told to end, has handed over everything in time."""
+        assert self._process.stdin
+        with suppress(OSError):  # it is gone already
+            self._process.stdin.write(last)
+            self._process.stdin.close()
         try:
-            run = self._start()
-            while True:
-                item = self._queue.get()
-                if not isinstance(item, tuple):
-                    run.summary.update(item)
-                    run.finish()
-                    return
-                run.log(item[1], step=item[0])
-        except Exception as error:  # W&B's trouble must never be the run's: say it once, the JSONL record goes on
-            print(f"tracker=wandb: {type(error).__name__}: {error} — training goes on, metrics.jsonl has everything", file=sys.stderr)
+            return self._process.wait(self.CLOSE_S) == 0
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            if self._mode is TrackerMode.online:
+                print(f"tracker.mode=online: W&B took more than {self.CLOSE_S:g} s to finish — for the rest: {self._offline}", file=sys.stderr)
+            return False
 
-    def _start(self) -> Any:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
+    def _go_offline(self) -> bool:
+        """Read the record again into an offline run; False if that is what has failed."""
+        if self._mode is TrackerMode.offline:
+            return False
+        assert self._process.stdin
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._start(TrackerMode.offline)
+        return True
 
-        tracker = self.config.tracker
-        arguments = {
-            "id": self._run_id(),
-            "resume": "allow",
-            "project": tracker.project,
-            "entity": tracker.entity or None,
-            "group": tracker.group or None,
-            "tags": tracker.tags or None,
-            "job_type": tracker.job_type,
-            "name": f"{self.config.name}-{self._run_folder.name}",
-            "dir": str(self._run_folder),
-            "config": dict(self._resolved),
-        }
-        settings = wandb.Settings(init_timeout=tracker.init_timeout_s, console="off", x_disable_stats=True)
-        try:
-            return wandb.init(mode=tracker.mode.value, settings=settings, **arguments)
-        except (wandb.errors.Error, OSError) as error:
-            if tracker.mode is not TrackerMode.online:
-                raise
-            print(f"tracker.mode=online: {error} — logging offline: wandb sync {self._run_folder / 'wandb'}/offline-run-*", file=sys.stderr)
-            return wandb.init(mode="offline", settings=settings, **arguments)
-
-    def _run_id(self) -> str:
-        path = self._run_folder / "wandb_id.txt"
-        if not path.exists():
-            import secrets
-
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(secrets.token_hex(4))
-            os.replace(temporary, path)
-        return path.read_text().strip()
+    def _start(self, mode: TrackerMode) -> None:
+        self._mode = mode
+        otherwise = f"logging offline, later: {self._offline}" if mode is TrackerMode.online else "metrics.jsonl has everything"
+        order = {**self._order, "init": {**self._order["init"], "mode": mode.value}, "otherwise": otherwise}
+        # W&B's own telemetry goes out even when logging offline. WANDB_SERVICE would share another program's W&B process.
+        environment = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", **os.environ}
+        environment.pop("WANDB_SERVICE", None)
+        # By its path, as what lies in the working folder is not to be imported; in a session of its own, out of Ctrl-C's reach.
+        program = Path(__file__).with_name("to_wandb.py")
+        self._process = subprocess.Popen([sys.executable, str(program)], stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # it ended at once: `log` sees that
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
 
 
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:
@@ -208,6 +244,9 @@ def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sink
     if not folder.world.is_main:
         return Sinks([])
     sinks: list[Sink] = [JsonLines(folder.path / "metrics.jsonl"), Console(steps, done)]
-    if config.tracker.kind is TrackerKind.wandb:
-        sinks.append(WandbSink(config, folder.path, as_mapping(config)))
+    if config.tracker.kind is TrackerKind.wandb and config.tracker.mode is not TrackerMode.disabled:
+        try:
+            sinks.append(WandbSink(config, folder.path, as_mapping(config)))
+        except OSError as error:  # no process to be had
+            print(f"tracker=wandb: {error} — metrics.jsonl has everything", file=sys.stderr)
     return Sinks(sinks)

@@ -51,6 +51,23 @@ class TargetLoss(nn.Module):
         loss = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="sum")
         return loss if batch.weight else loss * 0.0
 
+    def train(self, mode: bool = True) -> TargetLoss:
+        """Training or evaluation mode, for every layer but NF4 ones."""
+        super().train(mode)
+        keep_nf4_in_training(self)
+        return self
+
+
+def keep_nf4_in_training(module: nn.Module) -> None:
+    """Undo eval mode on NF4 layers, where it means nothing but trouble.
+
+    On a CPU with AVX-512 bitsandbytes 0.50 repacks such a layer's weight at the first forward in eval mode, and the next
+    backward through it is silently wrong: the gradient is off by 96 %.
+    """
+    for layer in module.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.training = True
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; raises Refusal if there is none."""
@@ -148,6 +165,7 @@ def for_generation(model: Any) -> Iterator[Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     was_training = model.training
     model.eval()
+    keep_nf4_in_training(model)
     base.set_attn_implementation("sdpa")
     try:
         yield model
@@ -173,7 +191,8 @@ def read_adapter(folder: Path, base_folder: Path) -> Any:
     is_adapter = (folder / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(base_folder if is_adapter else folder, dtype=dtype)
     if is_adapter:
-        model = PeftModel.from_pretrained(model, folder)
+        with _known_warnings():
+            model = PeftModel.from_pretrained(model, folder)
     return model.to(device).eval()
 
 

