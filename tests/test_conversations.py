@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import Refusal
 from tunesmith.data.conversations import SHOWN_MISTAKES, Call, Conversation, Turn, parse_conversation, read_conversations
+
+# A busy machine is no failure.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 USER = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Hi"}
@@ -268,6 +271,7 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
+@patient
 @given(st.lists(MESSAGES | JSON, max_size=4))
 def test_whatever_a_record_holds_it_is_read_or_refused_with_its_place(messages: list[Any]) -> None:
     """Never another exception, and what is read has only the four roles of the layout, with text as content."""

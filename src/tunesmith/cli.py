@@ -37,3 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(write_report(asked.run))
     except Refusal as refusal:
         refuse(refusal)
+
+if __name__ == "__main__":
+    main()

@@ -149,11 +149,11 @@ def _mistakes_in_file(name: str, files: dict[str, None]) -> Iterator[str]:
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in node:
+    for key in map(str, node):
         value = node._get_node(key)
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif not OmegaConf.is_interpolation(node, str(key)):
+        elif not OmegaConf.is_interpolation(node, key):
             yield f"{prefix}{key}", OmegaConf.to_container(value) if isinstance(value, ListConfig) else node[key]
 
 

@@ -144,6 +144,8 @@ class Data:
     """Language of prepared data (an id of home-assistant-intents: en, de, fr, zh-CN, ...)."""
     prepare_train: int = 4000
     """Conversations that prepare writes for training."""
+    prepare_dev: int = 300
+    """Conversations that prepare writes for the held-out loss."""
     prepare_test: int = 400
     """Conversations that prepare writes for testing."""
     template: Template = Template.auto

@@ -22,6 +22,8 @@ from typing import Any, TypeGuard
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from tunesmith.metrics import read_metrics
+
 Row = dict[str, Any]
 
 WARM_UP = 2
@@ -55,20 +57,6 @@ DEFINITIONS = {
     "slot F1": "Harmonic mean of precision and recall over the (name, value) arguments of the calls.",
     "exact match": "Share of test conversations whose function and arguments are all as wanted.",
 }
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows."""
-    rows: dict[int, Row] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:  # a line is one flat object: after a torn write the last "{" is where the resumed run went on
-                row = json.loads(line[max(line.rfind("{"), 0) :])
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
 
 
 def write_report(run: Path) -> Path:

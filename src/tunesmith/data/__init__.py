@@ -74,6 +74,7 @@ def prepare_files(config: Config) -> None:
                 folder,
                 language=config.data.language,
                 train=config.data.prepare_train,
+                dev=config.data.prepare_dev,
                 test=config.data.prepare_test,
             )
     except OSError as error:

@@ -5,6 +5,7 @@ Nothing outside this room knows which of them is at work.
 
 from __future__ import annotations
 
+import atexit
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -130,9 +131,7 @@ class Engine(ABC):
         return box[0]
 
     def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Free what the run holds. The process group stays for a next run in this process (Hydra's -m)."""
 
 
 def device_for(world: World, config: Config) -> torch.device:
@@ -160,6 +159,7 @@ def join(config: Config, world: World, device: torch.device, threads: int) -> No
         world_size=world.size,
         timeout=timedelta(seconds=config.engine.timeout_s),
     )
+    atexit.register(dist.destroy_process_group)
 
 
 def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, device: torch.device) -> Engine:

@@ -109,4 +109,3 @@ class AccelerateEngine(Engine):
 
     def close(self) -> None:
         self.accelerator.free_memory()
-        super().close()

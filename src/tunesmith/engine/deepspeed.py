@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from tunesmith.world import World
 TAG = "engine"
 
 
-def _import_deepspeed():  # type: ignore[no-untyped-def]  # the module
+def _import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
@@ -45,6 +46,7 @@ class DeepSpeedEngine(Engine):
         self.loss_module = module
 
     def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
+        self.communication_s()  # what saving and evaluating have sent is not this step's
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -70,10 +72,11 @@ class DeepSpeedEngine(Engine):
         return Outcome(mean, norm, applied)
 
     def communication_s(self) -> float:
-        log = self.deepspeed.comm.comm.comms_logger
-        total_ms = sum(sum(record[1]) for sizes in log.comms_dict.values() for record in sizes.values())
-        log.comms_dict.clear()
-        return total_ms / 1000
+        comm = self.deepspeed.comm.comm
+        # Its log adds a timer's whole history to itself at every call, and keeps it: the timers are read instead, and emptied.
+        comm.comms_logger.comms_dict.clear()
+        elapsed_ms = [timer.elapsed(reset=True) for timer in comm.timers.get_timers().values()]
+        return float(sum(elapsed_ms)) / 1000
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
@@ -92,4 +95,3 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
-        super().close()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,11 +39,11 @@ class Sinks:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for sink in self.sinks:
-            self._attempt(sink, lambda sink=sink: sink.close(self._summary, error is None))  # type: ignore[misc]
+            self._attempt(sink, partial(sink.close, self._summary, error is None))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self.sinks:
-            self._attempt(sink, lambda sink=sink: sink.log(step, metrics))  # type: ignore[misc]
+            self._attempt(sink, partial(sink.log, step, metrics))
 
     def summarise(self, numbers: Mapping[str, Any]) -> None:
         """Metrics of the whole run, for trackers that show one line a run."""
@@ -151,14 +152,16 @@ class WandbSink:
     """
 
     CLOSE_S = 20.0
-    """How long W&B may take to finish when the run ends, before it is left offline."""
+    """How long W&B may take to send the rest when the run ends, before that is left to an offline run."""
+    OFFLINE_S = 20.0
+    """How long the offline run may take: it only writes to disk, and is done in two."""
 
     def __init__(self, config: Config, run: Path, resolved: Mapping[str, Any]):
         tracker, state = config.tracker, run / "wandb.json"
         known = read_json(state)
         if known is None:
             write_json(state, known := {"id": secrets.token_hex(4), "read": 0})
-        self._order = {
+        self._order: dict[str, Any] = {
             "metrics": str(run / "metrics.jsonl"),
             "state": str(state),
             "read": known["read"],
@@ -166,7 +169,7 @@ class WandbSink:
             "settings": {
                 "init_timeout": tracker.init_timeout_s,
                 "program": sys.argv[0],
-                "program_relpath": os.path.relpath(sys.argv[0]),
+                "program_relpath": Path(sys.argv[0]).name,
                 "console": "off",
                 "x_disable_stats": True,  # docs/metrics.md: card/* and memory/* are measured here
             },
@@ -183,7 +186,7 @@ class WandbSink:
                 "config": dict(resolved),
             },
         }
-        self._offline = f"wandb sync {run / 'wandb'}/offline-run-*"
+        self._sync = f"wandb sync {run / 'wandb'}/offline-run-*"
         self._start(tracker.mode)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -192,51 +195,53 @@ class WandbSink:
             self._go_offline()
 
     def close(self, summary: Mapping[str, Any], completed: bool) -> None:
-        last = json.dumps({"summary": dict(summary), "completed": completed}).encode() + b"\n"
-        while not self._ended(last):
+        while not self._ended({"summary": dict(summary), "completed": completed}):
             if not self._go_offline():
                 print("tracker=wandb: W&B did not finish; metrics.jsonl has everything", file=sys.stderr)
                 return
 
-    def _ended(self, last: bytes) -> bool:
+    def _ended(self, last: Mapping[str, Any]) -> bool:
         """Whether W&B's process, told to end, has handed over everything in time."""
-        assert self._process.stdin
-        with suppress(OSError):  # it is gone already
-            self._process.stdin.write(last)
-            self._process.stdin.close()
+        self._tell(last)
         try:
-            return self._process.wait(self.CLOSE_S) == 0
+            return self._process.wait(self.CLOSE_S if self._mode is TrackerMode.online else self.OFFLINE_S) == 0
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
             if self._mode is TrackerMode.online:
-                print(f"tracker.mode=online: W&B took more than {self.CLOSE_S:g} s to finish — for the rest: {self._offline}", file=sys.stderr)
+                print(f"tracker.mode=online: not finished after {self.CLOSE_S:g} s — for the rest: {self._sync}", file=sys.stderr)
             return False
+        finally:
+            self._forget()
 
     def _go_offline(self) -> bool:
         """Read the record again into an offline run; False if that is what has failed."""
         if self._mode is TrackerMode.offline:
             return False
-        assert self._process.stdin
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._forget()
         self._start(TrackerMode.offline)
         return True
 
     def _start(self, mode: TrackerMode) -> None:
         self._mode = mode
-        otherwise = f"logging offline, later: {self._offline}" if mode is TrackerMode.online else "metrics.jsonl has everything"
-        order = {**self._order, "init": {**self._order["init"], "mode": mode.value}, "otherwise": otherwise}
+        otherwise = f"logging offline, later: {self._sync}" if mode is TrackerMode.online else "metrics.jsonl has everything"
         # W&B's own telemetry goes out even when logging offline. WANDB_SERVICE would share another program's W&B process.
         environment = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false", **os.environ}
         environment.pop("WANDB_SERVICE", None)
         # By its path, as what lies in the working folder is not to be imported; in a session of its own, out of Ctrl-C's reach.
         program = Path(__file__).with_name("to_wandb.py")
         self._process = subprocess.Popen([sys.executable, str(program)], stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        self._tell({**self._order, "init": {**self._order["init"], "mode": mode.value}, "otherwise": otherwise})
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
         assert self._process.stdin
-        with suppress(BrokenPipeError):  # it ended at once: `log` sees that
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        with suppress(OSError, ValueError):  # it has ended: seen by whoever asks for its exit code
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
             self._process.stdin.flush()
+
+    def _forget(self) -> None:
+        """Close the pipe to a process that has ended."""
+        with suppress(OSError):
+            self._process.communicate()
 
 
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:

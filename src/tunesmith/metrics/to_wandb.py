@@ -25,13 +25,13 @@ POLL_S = 0.5
 def main() -> None:
     """Follow the order on stdin; W&B's trouble ends with one line on stderr and exit code 1, at once."""
     trainer = os.getppid()
+    # A scheduler signals every process of a job, and training is the one that knows what to do about it. SIGINT is W&B's
+    # stop button, as a terminal's Ctrl-C does not reach this session: training saves and stops.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os.kill(trainer, signal.SIGINT) if os.getppid() == trainer else None)
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         order = json.loads(stdin.readline())
-        # A scheduler signals every process of a job, and training is the one that knows what to do about it. SIGINT is
-        # W&B's stop button: a terminal's Ctrl-C does not reach this session.
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, lambda *_: os.kill(trainer, signal.SIGINT) if os.getppid() == trainer else None)
         try:
             follow(start(order), order, stdin)
         except Exception as error:  # W&B's errors have no common base

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -65,7 +66,7 @@ def model_folder(model: Model) -> Path:
     return _from_hub(model.path)
 
 
-def _converted(name: str, model: Model, fetch) -> Path:  # type: ignore[no-untyped-def]  # a callable of one Path
+def _converted(name: str, model: Model, fetch: Callable[[Path], Path]) -> Path:
     folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
@@ -86,8 +87,7 @@ def _converted(name: str, model: Model, fetch) -> Path:  # type: ignore[no-untyp
 def _check_sum(path: Path, model: Model) -> None:
     if not model.sha256:
         return
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != model.sha256:
         raise Refusal(f"model.sha256: {path.name} has {digest}, expected {model.sha256} — the file is damaged or not the one meant")
 

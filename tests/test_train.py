@@ -1,0 +1,131 @@
+"""train.py as a user meets it: refusals before anything heavy, a full fine-tune, two runs in one process, chat."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment, launch
+from tunesmith.compose import compose
+from tunesmith.config import Refusal
+from tunesmith.hardware import this_machine
+from tunesmith.plan import make_plan
+from tunesmith.run import RunFolder
+from tunesmith.world import World
+
+QUIET = ["eval.before=false", "eval.after=false"]
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return f"data.folder={folder}"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("missing file", r"data\.train=.*nothing\.json: no such file — the folder has dev\.json, test\.json, train\.json"),
+        ("empty list", r"data\.train=.*train\.json: the file holds no conversation"),
+        ("no target", r"data\.train: 1 of 1 conversations have no target token \(first: .*train\.json#0\)"),
+        ("unwritable", r"outputs=.*a-file: cannot write there"),
+        ("wrong model", r"model\.path=/no/such/model"),
+        ("too long", r"data\.max_tokens=8: 26 of 26 conversations in data\.train are longer, the longest has \d+ tokens"),
+    ],
+)
+def test_refused_before_the_model_loads(case: str, says: str, overrides: list[str], tmp_path: Path) -> None:
+    words = [*overrides, "engine=accelerate", *QUIET]
+    if case == "missing file":
+        words.append("data.train=nothing.json")
+    elif case == "empty list":
+        words += [write(tmp_path, "train.json", "[]"), "data.dev=''", "data.test=''"]
+    elif case == "no target":
+        only_user = [{"conversations": [{"role": "user", "content": "hello"}]}]
+        words += [write(tmp_path, "train.json", json.dumps(only_user)), "data.dev=''", "data.test=''"]
+    elif case == "unwritable":
+        (tmp_path / "a-file").write_text("in the way")
+        words.append(f"outputs={tmp_path / 'a-file'}")
+    elif case == "wrong model":
+        words.append("model.path=/no/such/model")
+    else:
+        words.append("data.max_tokens=8")
+    done = launch("python", words)
+    assert done.code == 2, done.output
+    assert "Traceback" not in done.output
+    import re
+
+    assert re.search(says, done.output), done.output
+    assert not list((tmp_path / "outputs").glob("*/*/checkpoints")), "something was started"
+
+
+def test_full_disk_is_refused(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(overrides)
+    plan = make_plan(config, this_machine(), 1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 1000, 1000))
+    with pytest.raises(Refusal, match=r"outputs=.*0\.0 GiB free, the checkpoints need about"):
+        RunFolder.of(config, plan, World()).open(config, plan, "12345678")
+
+
+def test_two_processes_on_one_run(overrides: list[str]) -> None:
+    config = compose(overrides)
+    plan = make_plan(config, this_machine(), 1)
+    first = RunFolder.of(config, plan, World())
+    first.open(config, plan, "12345678")
+    with pytest.raises(Refusal, match="another process is at work on this very run"):
+        RunFolder.of(config, plan, World()).open(config, plan, "12345678")
+
+
+@pytest.mark.launch
+def test_full_fine_tune_and_chat(overrides: list[str]) -> None:
+    """method=full leaves a Hugging Face folder that plain transformers loads, and that chat answers with."""
+    done = launch("python", [*overrides, "method=full", "optim.lr=1e-3", *QUIET])
+    assert done.code == 0, done.output
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(done.run / "model")
+    assert model.config.hidden_size == 64
+    said = subprocess.run(
+        ["tunesmith", "chat", str(done.run), "--once", "turn on the light", "--max-new-tokens", "4"],
+        capture_output=True, text=True, cwd=ROOT, env=environment(),
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip(), "no answer"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("engine", ["accelerate", "deepspeed"])
+def test_two_runs_in_one_process(engine: str, overrides: list[str], tmp_path: Path) -> None:
+    """Hydra's -m: both runs as if each were alone."""
+    done = launch("python", ["-m", *overrides, f"engine={engine}", *QUIET, "optim.lr=1e-2,5e-3"])
+    assert done.code == 0, done.output
+    runs = list((tmp_path / "outputs/tiny").iterdir())
+    assert len(runs) == 2
+    states = [json.loads((run / "status.json").read_text())["state"] for run in runs]
+    assert states == ["completed", "completed"]
+    alone = launch("python", [*overrides, f"engine={engine}", *QUIET, "optim.lr=5e-3", f"outputs={tmp_path / 'alone'}"])
+    from tunesmith.metrics import read_metrics
+
+    alone.outputs = tmp_path / "alone"
+    twin = tmp_path / "outputs/tiny" / alone.run.name
+    assert [row["train/loss"] for row in read_metrics(twin / "metrics.jsonl")] == alone.losses
+
+
+@pytest.mark.launch
+def test_wandb_offline_run_of_the_real_program(overrides: list[str]) -> None:
+    done = launch("python", [*overrides, "engine=accelerate", *QUIET, "tracker=wandb", "tracker.group=sweep7"])
+    assert done.code == 0, done.output
+    assert list(done.run.glob("wandb/offline-run-*/*.wandb")), done.output
+    assert (done.run / "wandb_id.txt").read_text().strip()
+
+
+def test_chat_without_a_model_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "tunesmith.cli", "chat", str(tmp_path)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert "not a run folder" in done.stderr
