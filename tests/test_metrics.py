@@ -56,7 +56,7 @@ def test_every_step_is_a_line_and_a_resumed_run_goes_on_in_the_file(tmp_path: Pa
 def test_a_later_line_replaces_a_step_and_what_is_no_row_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    lines = ['{"step": 2, "a": 1, "dev/loss": 3}', '{"step": 3, "a{"step": 2, "a": 5}', "[]", "7", '{"x": 1}', "", '{"step": "4"}', '{"step": 1}']
+    lines = ['{"step": 2, "a": 1, "dev/loss": 3}', '{"step": 3, "a{"step": 2, "a": 5}', "[]", '{"x": 1}', '{"step": "4"}', '{"step": 1}']
     path.write_text("\n".join([*lines, '{"st']))
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "a": 5}]
 
@@ -100,7 +100,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 CPU: Any = SimpleNamespace(type="cpu")
-RATE = Rate(conversations=16, computed_tokens=4000, padding_tokens=400, target_tokens=1000, useful_flops=6e12, executed_flops=9e12)
+RATE = Rate(
+    conversations=16, computed_tokens=4000, padding_tokens=400, shared_tokens=500, target_tokens=1000, useful_flops=6e12, executed_flops=9e12
+)  # fmt: skip
 
 
 def take_step(measured: Meter, clock: Clock, communication_s: float = 0.0) -> dict[str, float]:
@@ -168,8 +170,8 @@ def test_speeds_by_hand(clock: Clock) -> None:
     assert metrics["speed/tflops_per_device"] == pytest.approx(6 / 10 / 4)
     assert metrics["speed/mfu"] == pytest.approx(6 / (10 * 4 * 1))
     assert metrics["speed/hfu"] == pytest.approx(9 / (10 * 4 * 1))
-    counts = {name: metrics[f"data/{name}"] for name in ("conversations", "computed_tokens", "padding_tokens", "target_tokens")}
-    assert counts == {"conversations": 16, "computed_tokens": 4000, "padding_tokens": 400, "target_tokens": 1000}
+    counts = {name.removeprefix("data/"): count for name, count in metrics.items() if name.startswith("data/")}
+    assert counts == {"conversations": 16, "computed_tokens": 4000, "padding_tokens": 400, "shared_tokens": 500, "target_tokens": 1000}
     assert metrics["memory/peak_gib"] == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, rel=0.1)
 
 
@@ -380,7 +382,7 @@ from tunesmith.metrics.sinks import WandbSink, open_sinks
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 
-run, mode, step_s, WandbSink.CLOSE_S = Path(sys.argv[1]), TrackerMode[sys.argv[2]], float(sys.argv[3]), float(sys.argv[4])
+run, mode, WandbSink.CLOSE_S, go_on = Path(sys.argv[1]), TrackerMode[sys.argv[2]], float(sys.argv[3]), Path(sys.argv[4])
 run.mkdir(exist_ok=True)
 config = Config(name="demo", tracker=Tracker(TrackerKind.wandb, mode, init_timeout_s=1.0))
 config.model.path, config.data.train = "models/tiny", "train.json"
@@ -391,17 +393,18 @@ with open_sinks(config, RunFolder(run, World()), 5, 0) as sinks:
         before = time.perf_counter()
         sinks.log(step, {"train/loss": 1 / step})
         logged.append(time.perf_counter() - before)
-        time.sleep(step_s)
+    while not go_on.exists():
+        time.sleep(0.05)
     sinks.summarise({"test/slot_f1": 0.9, "seconds": 3.0})
     ending = time.perf_counter()
 print(json.dumps({"open_s": opened, "log_s": sorted(logged), "close_s": time.perf_counter() - ending, "wandb": "wandb" in sys.modules}))
 """
 
 
-def trainer(run: Path, mode: str = "online", step_s: float = 0.0, close_s: float = 20.0, **extra: str) -> subprocess.Popen[str]:
-    """A process that logs five steps to W&B as a training does."""
+def trainer(run: Path, mode: str = "online", close_s: float = 20.0, go_on: Path = ROOT, **extra: str) -> subprocess.Popen[str]:
+    """A process that logs five steps to W&B as a training does, and ends once the file `go_on` is there."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(step_s), str(close_s)],
+        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(close_s), str(go_on)],
         cwd=run.parent, env=environment(extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -511,8 +514,11 @@ def test_refused_silent_slow_or_without_a_key(server: tuple[str, list[str]], tmp
 @pytest.mark.parametrize("server", [{"dies_at": "/file_stream"}], indirect=True, ids=["when numbers come"])
 def test_a_server_that_dies_under_way(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, seen = server
-    said = check(trainer(tmp_path / "run", step_s=0.3, close_s=2.0, WANDB_BASE_URL=address, **ACCOUNT), tmp_path / "run", close_s=2 + 8)
-    assert any("/file_stream" in request for request in seen), "it began online"
+    go_on = tmp_path / "go-on"
+    process = trainer(tmp_path / "run", close_s=2.0, go_on=go_on, WANDB_BASE_URL=address, **ACCOUNT)
+    wait_for(lambda: any("/file_stream" in request for request in seen), 30)
+    go_on.touch()
+    said = check(process, tmp_path / "run", close_s=2 + 8)
     assert "tracker.mode=online: not finished after 2 s — for the rest: wandb sync" in said
     is_offline(tmp_path / "run")
 
@@ -532,13 +538,13 @@ def test_a_server_that_works(server: tuple[str, list[str]], tmp_path: Path) -> N
 def test_a_killed_training_loses_nothing(tmp_path: Path) -> None:
     """What W&B's client has in memory would die with it (7 bytes on disk after 15 s); its process outlives training."""
     run = tmp_path / "run"
-    process = trainer(run, "offline", step_s=60.0)
+    process = trainer(run, "offline", go_on=tmp_path / "never")
     wait_for(lambda: any(run.glob("wandb/*/*.wandb")), 30)
     process.kill()
     process.communicate(timeout=40)
     wait_for(lambda: (read_json(run / "wandb.json") or {}).get("read"), 30)
     (rows,) = records(run)
-    assert losses(rows) == {1: 1.0}
+    assert losses(rows) == EXPECTED
     assert of_type("exit", rows)[-1]["exit_code"] == 1
 
 
@@ -631,7 +637,7 @@ def test_deepspeed_communication_is_wall_time() -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     for wall_s, communication_s in told["found"]:
-        assert 0.6 * wall_s < communication_s <= wall_s * 1.01, told
+        assert 0.3 * wall_s < communication_s < 1.05 * wall_s, told
     assert told["again"] == 0.0
     assert told["kept"] == 0, "nothing grows with the steps"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from tunesmith.compose import compose
 from tunesmith.config import Base, Batching, Config, MethodKind, Refusal
-from tunesmith.data.batches import Example, lay_out
+from tunesmith.data.layout import Example, MicroBatch, Segment, lay_out
 from tunesmith.model import TargetLoss, build_model, for_generation, save_model
 from tunesmith.model.attention import WASTE, rectangles
 from tunesmith.model.source import check_source, model_folder
@@ -72,7 +73,8 @@ def test_ragged_equals_each_conversation_alone(family: str, batching: Batching, 
 
 def test_rectangles_cover_every_token_with_bounded_waste() -> None:
     lengths = [40, 39, 38, 20, 20, 20, 7, 3, 3, 1]
-    boxes = rectangles(lengths)
+    ends = np.cumsum(lengths).tolist()
+    boxes = rectangles([Segment(end - length, end) for end, length in zip(ends, lengths, strict=True)])
     assert [box.start for box in boxes[1:]] == [box.stop for box in boxes[:-1]]
     assert (boxes[0].start, boxes[-1].stop) == (0, sum(lengths))
     assert sum(box.rows for box in boxes) == len(lengths)
@@ -201,3 +203,74 @@ def test_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(Refusal, match="cannot be read as a GGUF model"):
         model_folder(config.model)
     assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
+
+
+def sharing_examples() -> list[Example]:
+    """A tools prompt that all begin with, one dialogue that grows by turns, two equal conversations, and loners."""
+    draw = np.random.default_rng(5)
+
+    def words(count: int) -> list[int]:
+        return draw.integers(0, 300, count).tolist()
+
+    prompt, dialogue = words(40), words(20)
+    texts = [prompt + words(n) for n in (5, 9, 9, 30)]
+    texts += [prompt + dialogue, prompt + dialogue + words(6), prompt + dialogue + words(25)]
+    texts += [texts[0], words(12), words(3)]
+    made = []
+    for text in texts:
+        targets = np.zeros(len(text), bool)
+        targets[len(text) // 2 :] = True
+        targets[45:50] = True  # inside the shared dialogue too: counted once for each conversation that has it
+        made.append(Example(np.array(text, np.int32), targets, "made up"))
+    return made
+
+
+def test_shared_beginnings_equal_separate_computation(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).save_pretrained(tmp_path)
+    module = build_model(config_for(tmp_path, kind=MethodKind.full), tmp_path, CPU)
+    conversations = sharing_examples()
+    shared = lay_out(conversations, Batching.ragged)
+    separate = lay_out(conversations, Batching.ragged, least_shared=10**6)
+    assert len(shared.ids) < 0.6 * len(separate.ids)
+    assert max(segment.context_length for segment in shared.segments) >= 59, "no second level in the tree"
+    assert shared.target_count == separate.target_count == sum(example.target_count for example in conversations)
+
+    def gradients(batch: MicroBatch) -> tuple[float, list[torch.Tensor]]:
+        module.zero_grad()
+        loss = module(batch)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+    (one, ours), (other, theirs) = gradients(shared), gradients(separate)
+    assert one == pytest.approx(other, rel=1e-5)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert float((mine - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_merged_attention_equals_the_masked_form(heads: tuple[int, int]) -> None:
+    """The CPU kernels' merge against the plain form that other devices use: outputs and all five gradients."""
+    from tunesmith.model import attention
+
+    torch.manual_seed(0)
+    many, few = heads
+    shapes = [(3, many, 7, 8), (3, few, 7, 8), (3, few, 7, 8), (1, few, 21, 8), (1, few, 21, 8)]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weights = torch.randn(shapes[0])
+
+    def run(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        out = function(*tensors)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+    merged = run(lambda *x: attention._MergedAttention.apply(*x, None))
+    masked = run(lambda q, k, v, ck, cv: _masked(q, k, v, ck, cv))
+    for mine, wanted in zip(merged, masked, strict=True):
+        assert float((mine - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(q.shape[2], ck.shape[2] + q.shape[2], dtype=torch.bool).tril(ck.shape[2])
+    keys, values = (torch.cat([x.expand(q.shape[0], -1, -1, -1), own], 2) for x, own in ((ck, k), (cv, v)))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -90,9 +90,12 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         work.lengths,
         work.targets,
         padded_to=work.padded_lengths,
+        contexts=work.contexts,
         checkpointing=parts.config.engine.checkpointing,
     )
-    rate = Rate(len(work.lengths), sum(work.padded_lengths), sum(work.padded_lengths) - sum(work.lengths), work.targets, flops.useful, flops.executed)
+    computed, real = sum(work.padded_lengths), sum(work.lengths)
+    shared = work.conversation_tokens - real
+    rate = Rate(work.conversations, computed, computed - real, shared, work.targets, flops.useful, flops.executed)
     return {
         "train/loss": outcome.loss,
         "train/lr": lr,

@@ -4,69 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import torch
 
 from tunesmith.config import Batching
+from tunesmith.data.layout import Example, MicroBatch, lay_out, segment_sizes
 
-
-@dataclass(frozen=True)
-class Example:
-    """A rendered conversation."""
-
-    ids: np.ndarray
-    """Token ids, int32 [tokens]."""
-    targets: np.ndarray
-    """True where the token is to be predicted from those before it, bool [tokens]."""
-    place: str
-    """Where it was read: file:line or file#index."""
-
-    @cached_property
-    def target_count(self) -> int:
-        return int(self.targets[1:].sum())  # nothing predicts the first token
-
-    @cached_property
-    def computed(self) -> int:
-        """Tokens that go through the model: those after the one that predicts the last target change no weight."""
-        return int(np.flatnonzero(self.targets[1:])[-1]) + 1
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Conversations laid end to end, for one forward on one rank. Tokens see only their own conversation."""
-
-    ids: torch.Tensor
-    """Token ids, int64 [tokens]."""
-    positions: torch.Tensor
-    """Position of each token in its conversation, int64 [tokens]."""
-    lengths: tuple[int, ...]
-    """Tokens of each conversation, padding included; they add up to len(ids)."""
-    predicting: torch.Tensor
-    """Indices into ids whose next token is a target, int64 [targets]."""
-    labels: torch.Tensor
-    """The target tokens, int64 [targets]."""
-    real_tokens: int
-    """Tokens that are not padding."""
-    weight: float = 1.0
-    """0 for a stand-in on a rank that has no conversation left in a short step, else 1."""
-
-    @property
-    def target_count(self) -> int:
-        return len(self.labels) if self.weight else 0
+__all__ = ["Batches", "Example", "MicroBatch", "StepWork", "held_out_batches", "lay_out"]
 
 
 @dataclass(frozen=True)
 class StepWork:
     """What one step computes over all ranks: known to each rank without asking the others."""
 
+    conversations: int
+    conversation_tokens: int
+    """Tokens of all conversations, each for itself, up to its last target."""
     lengths: tuple[int, ...]
-    """Real tokens of each conversation."""
+    """Tokens of each segment that is computed, without padding."""
+    contexts: tuple[int, ...]
+    """Tokens of the segments that each one continues."""
+    padded_lengths: tuple[int, ...]
+    """What each segment fills, padding included."""
     targets: int
     """Target tokens of the whole step: what the loss is divided by."""
-    padded_lengths: tuple[int, ...]
-    """What each conversation fills, padding included."""
 
 
 class Batches:
@@ -120,38 +81,25 @@ class Batches:
     def work(self, step: int, world_size: int) -> StepWork:
         """Lengths and counts of the step over all ranks."""
         chosen = self.conversations(step)
-        lengths = {i: self.examples[i].computed for i in chosen}
-        filled = dict(lengths)
-        if self.batching is Batching.padded:
-            for part in (part for parts in self.split(step, world_size) for part in parts if part):
-                filled |= dict.fromkeys(part, max(lengths[i] for i in part))
-        targets = sum(self.examples[i].target_count for i in chosen)
-        return StepWork(tuple(lengths.values()), targets, tuple(filled[i] for i in chosen))
-
-
-def lay_out(examples: Sequence[Example], batching: Batching, weight: float = 1.0) -> MicroBatch:
-    """Lay conversations end to end; `padded` fills each up to the longest, for comparison with frameworks that do."""
-    longest = max(example.computed for example in examples)
-    lengths = [longest if batching is Batching.padded else example.computed for example in examples]
-    ids = np.zeros(sum(lengths), np.int64)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    predicting, labels = [], []
-    start = 0
-    for example, length in zip(examples, lengths, strict=True):
-        ids[start : start + example.computed] = example.ids[: example.computed]
-        before = np.flatnonzero(example.targets[1:])
-        predicting.append(start + before)
-        labels.append(example.ids[before + 1].astype(np.int64))
-        start += length
-    return MicroBatch(
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions),
-        lengths=tuple(lengths),
-        predicting=torch.from_numpy(np.concatenate(predicting)),
-        labels=torch.from_numpy(np.concatenate(labels)),
-        real_tokens=sum(example.computed for example in examples),
-        weight=weight,
-    )
+        lengths, contexts, padded = [], [], []
+        for part in (part for parts in self.split(step, world_size) for part in parts if part):
+            tokens = [self.examples[i].computed for i in part]
+            if self.batching is Batching.padded:
+                sizes = [(count, 0) for count in tokens]
+                padded += [max(tokens)] * len(part)
+            else:
+                sizes = segment_sizes([self.examples[i].ids[: self.examples[i].computed] for i in part])
+                padded += [length for length, _ in sizes]
+            lengths += [length for length, _ in sizes]
+            contexts += [context for _, context in sizes]
+        return StepWork(
+            len(chosen),
+            sum(self.examples[i].computed for i in chosen),
+            tuple(lengths),
+            tuple(contexts),
+            tuple(padded),
+            sum(self.examples[i].target_count for i in chosen),
+        )
 
 
 def held_out_batches(examples: Sequence[Example], micro_batch: int, rank: int, world_size: int) -> list[MicroBatch]:

@@ -24,6 +24,8 @@ class Rate:
     computed_tokens: int
     """Tokens that went through the model, padding included."""
     padding_tokens: int
+    shared_tokens: int
+    """Tokens that were not computed again, since other conversations of the micro-batch begin with them too."""
     target_tokens: int
     useful_flops: float
     """FLOPs that the update needs (docs/metrics.md)."""
@@ -86,6 +88,7 @@ class Meter:
             "data/conversations": rate.conversations,
             "data/computed_tokens": rate.computed_tokens,
             "data/padding_tokens": rate.padding_tokens,
+            "data/shared_tokens": rate.shared_tokens,
             "data/target_tokens": rate.target_tokens,
             "memory/peak_gib": self._peak_gib(),
         }

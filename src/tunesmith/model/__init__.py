@@ -45,10 +45,11 @@ class TargetLoss(nn.Module):
             input_ids=batch.ids[None].to(device),
             position_ids=batch.positions[None].to(device),
             logits_to_keep=batch.predicting.to(device),
-            ragged=attention.rectangles(batch.lengths, device),
+            ragged=attention.rectangles(batch.segments, device),
             use_cache=False,
         ).logits[0]
-        loss = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="sum")
+        losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
+        loss = losses @ batch.counts.to(device)
         return loss if batch.weight else loss * 0.0
 
     def train(self, mode: bool = True) -> TargetLoss:

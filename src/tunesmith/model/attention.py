@@ -3,18 +3,21 @@
 Registered through transformers' AttentionInterface, so every model that takes its attention from there has it. The linear
 layers see real tokens only; here alone conversations of similar length are put into a rectangle. Padding goes on the
 right, where causality already hides it from every real token, so SDPA's causal path needs no mask, on any device.
+Segments that continue a common beginning attend to it without a copy of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from tunesmith.data.layout import Segment
 
 NAME = "tunesmith_ragged"
 WASTE = 1.25
@@ -24,7 +27,7 @@ each rectangle costs a kernel call per layer."""
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Neighbouring conversations that share one SDPA call."""
+    """Neighbouring segments that share one attention call."""
 
     start: int
     stop: int
@@ -33,24 +36,27 @@ class Rectangle:
     longest: int
     cells: torch.Tensor | None
     """Row-major cell of each token, int64 [stop - start]; None where all are equally long and a view does."""
+    context: tuple[tuple[int, int], ...]
+    """The [start, stop) of the segments that all of them continue."""
 
 
-def rectangles(lengths: Sequence[int], device: torch.device | str = "cpu") -> list[Rectangle]:
-    """Cut a micro-batch, longest conversation first, into rectangles of bounded waste."""
+def rectangles(segments: Sequence[Segment], device: torch.device | str = "cpu") -> list[Rectangle]:
+    """Cut a micro-batch into rectangles of neighbouring segments with the same context and bounded waste."""
     found: list[Rectangle] = []
-    start = first = 0
-    while first < len(lengths):
-        last, tokens = first, 0
-        while last < len(lengths) and (last - first + 1) * max(lengths[first : last + 1]) <= WASTE * (tokens + lengths[last]):
-            tokens += lengths[last]
-            last += 1
-        group = lengths[first:last]
-        longest = max(group)
+    first = 0
+    while first < len(segments):
+        last, tokens, longest = first, 0, 0
+        while last < len(segments) and segments[last].context == segments[first].context:
+            widest = max(longest, segments[last].length)
+            if (last - first + 1) * widest > WASTE * (tokens + segments[last].length):
+                break
+            last, tokens, longest = last + 1, tokens + segments[last].length, widest
+        group = segments[first:last]
         cells = None
-        if min(group) != longest:
-            cells = torch.cat([torch.arange(n) + row * longest for row, n in enumerate(group)]).to(device)
-        found.append(Rectangle(start, start + tokens, len(group), longest, cells))
-        start, first = start + tokens, last
+        if any(segment.length != longest for segment in group):
+            cells = torch.cat([torch.arange(s.length) + row * longest for row, s in enumerate(group)]).to(device)
+        found.append(Rectangle(group[0].start, group[-1].stop, len(group), longest, cells, group[0].context))
+        first = last
     return found
 
 
@@ -65,7 +71,7 @@ def ragged_attention(
     ragged: Sequence[Rectangle] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each conversation to itself.
+    """Causal attention of each segment to its context and itself.
 
     query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] -> [1, tokens, heads, d].
     """
@@ -79,12 +85,82 @@ def ragged_attention(
     parts = []
     for box in ragged:
         box_q, box_k, box_v = (_fill(x[box.start : box.stop], box) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-        )
+        if box.context:
+            before = [torch.cat([x[a:b] for a, b in box.context])[None].transpose(1, 2) for x in (k, v)]
+            out = _with_context(box_q, box_k, box_v, *before, scaling, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+            )
         out = out.transpose(1, 2).reshape(box.rows * box.longest, *q.shape[1:])
         parts.append(out if box.cells is None else out[box.cells])
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+
+
+def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
+    """[tokens, heads, d] -> [rows, heads, longest, d]."""
+    if box.cells is not None:
+        cells = tokens.new_zeros(box.rows * box.longest, *tokens.shape[1:])
+        tokens = cells.index_copy(0, box.cells, tokens)
+    return tokens.view(box.rows, box.longest, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _with_context(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None, dropout: float
+) -> torch.Tensor:
+    """Rows of queries [rows, heads, n, d] over one context [1, kv heads, c, d] and, causally, their own keys."""
+    if q.device.type == "cpu" and not dropout:
+        return cast(torch.Tensor, _MergedAttention.apply(q, k, v, ck, cv, scale))
+    # Elsewhere the context is repeated for each row, with a mask of n x (c + n) for all rows together.
+    rows, n, c = q.shape[0], q.shape[2], ck.shape[2]
+    mask = torch.ones(n, c + n, dtype=torch.bool, device=q.device).tril(c)
+    keys, values = (torch.cat([x.expand(rows, -1, -1, -1), own], dim=2) for x, own in ((ck, k), (cv, v)))
+    return F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Attention to a shared context and attention to oneself, each by its own kernel call, merged exactly.
+
+    Softmax over two parts is their outputs weighted by the exponentials of their log-sum-exps (FlashAttention's own rule,
+    arXiv 2205.14135). Backward: a kernel that is given the merged output and log-sum-exp returns its exact share of the
+    gradient, since both parts' probabilities are normalised by the same sum. The context is neither copied nor masked.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None) -> torch.Tensor:
+        rows, heads, n, d = q.shape
+        outer, outer_sum = _forward(_one_row(q), ck, cv, scale=scale)
+        own, own_sum = _forward(q, k, v, 0.0, True, scale=scale)
+        outer = outer.view(heads, rows, n, d).transpose(0, 1)
+        outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
+        total = torch.logaddexp(outer_sum, own_sum)
+        out = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, ck, cv, out, total)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, ck, cv, out, total = ctx.saved_tensors
+        rows, heads, n, d = q.shape
+        grad = gradients[0].contiguous()
+        outer_q, grad_ck, grad_cv = _backward(
+            _one_row(grad), _one_row(q), ck, cv, _one_row(out), _one_row(total), 0.0, False, scale=ctx.scale
+        )
+        own_q, grad_k, grad_v = _backward(grad, q, k, v, out, total, 0.0, True, scale=ctx.scale)
+        return outer_q.view(heads, rows, n, d).transpose(0, 1) + own_q, grad_k, grad_v, grad_ck, grad_cv, None
+
+
+def _one_row(x: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, n, ...] -> [1, heads, rows * n, ...]."""
+    return x.transpose(0, 1).reshape(1, x.shape[1], -1, *x.shape[3:])
 
 
 def _flash_serves(query: torch.Tensor) -> bool:
@@ -94,14 +170,6 @@ def _flash_serves(query: torch.Tensor) -> bool:
         return True
     half = query.dtype in (torch.float16, torch.bfloat16)
     return half and torch.cuda.get_device_capability(query.device)[0] >= 8
-
-
-def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
-    """[tokens, heads, d] -> [rows, heads, longest, d]."""
-    if box.cells is not None:
-        cells = tokens.new_zeros(box.rows * box.longest, *tokens.shape[1:])
-        tokens = cells.index_copy(0, box.cells, tokens)
-    return tokens.view(box.rows, box.longest, *tokens.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, ragged_attention)

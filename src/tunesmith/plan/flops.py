@@ -45,12 +45,15 @@ def step_flops(
     targets: int,
     *,
     padded_to: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
     checkpointing: bool = False,
     logits_positions: int | None = None,
     attention: Attention = "flash",
 ) -> Flops:
     """FLOPs of one step on conversations of these lengths (tokens) with this many target tokens.
 
+    With contexts (tokens each), lengths are segments of conversations that begin alike: each also attends to the context
+    that it continues, which is computed once, as a segment of its own.
     Conventions. Useful: each conversation attends causally to itself alone, exactly n(n+1)/2 scores for n tokens; a
     score costs 2 x head_dim FLOPs for QK^T and as much for AV (grouped keys save memory, not FLOPs), and twice that in
     backward; logits exist at target tokens only. nf4 and int8 bases need the same FLOPs as any frozen base.
@@ -74,8 +77,10 @@ def step_flops(
         2 * shape.vocab * shape.hidden * (3 if full else 2)
     )  # forward, to the input, and to the weight if trained
 
+    before = [0] * len(lengths) if contexts is None else contexts
+
     def causal(conversations: Sequence[int]) -> int:
-        return sum(n * (n + 1) // 2 for n in conversations)
+        return sum(n * c + n * (n + 1) // 2 for n, c in zip(conversations, before, strict=True))
 
     score_matmuls = sum(2 + layer.score_matmuls for layer in layers)
     useful = per_token * sum(lengths) + per_score * score_matmuls * causal(lengths) + per_logit * targets
@@ -84,7 +89,7 @@ def step_flops(
         scores = causal(padded)
         score_matmuls = sum(2 + (5 if layer.score_matmuls else 0) for layer in layers)
     else:
-        scores = sum(n * n for n in padded)
+        scores = sum(n * (c + n) for n, c in zip(padded, before, strict=True))
     if checkpointing:
         per_token += shape.layers * (layers[0].forward - _last_matmul(shape, method))
         score_matmuls += 2 * shape.layers

@@ -1,0 +1,188 @@
+"""How the conversations of a micro-batch lie in memory: end to end, and what several begin with only once.
+
+Conversations that start with the same tokens (tools, system turn, earlier turns of one dialogue) form a tree of
+segments. Each token is computed once, sees the segments it continues and its own, and a target that several
+conversations share counts once for each of them: loss and gradients are those of the separate computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from tunesmith.config import Batching
+
+LEAST_SHARED = 16
+"""Fewest common tokens that are split off as a segment of their own: fewer are not worth the extra kernel calls."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rendered conversation."""
+
+    ids: np.ndarray
+    """Token ids, int32 [tokens]."""
+    targets: np.ndarray
+    """True where the token is to be predicted from those before it, bool [tokens]."""
+    place: str
+    """Where it was read: file:line or file#index."""
+
+    @cached_property
+    def target_count(self) -> int:
+        return int(self.targets[1:].sum())  # nothing predicts the first token
+
+    @cached_property
+    def computed(self) -> int:
+        """Tokens that go through the model: those after the one that predicts the last target change no weight."""
+        return int(np.flatnonzero(self.targets[1:])[-1]) + 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens that lie together and see each other causally."""
+
+    start: int
+    stop: int
+    """Its tokens are [start, stop) of the micro-batch."""
+    context: tuple[tuple[int, int], ...] = ()
+    """The [start, stop) of the segments that it continues, outermost first: it sees all of them."""
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def context_length(self) -> int:
+        return sum(stop - start for start, stop in self.context)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Conversations laid end to end, for one forward on one rank. Tokens see only their own conversation."""
+
+    ids: torch.Tensor
+    """Token ids, int64 [tokens]."""
+    positions: torch.Tensor
+    """Position of each token in its conversation, int64 [tokens]."""
+    segments: tuple[Segment, ...]
+    """Padding included; they follow each other and add up to len(ids)."""
+    predicting: torch.Tensor
+    """Indices into ids whose next token is a target, int64 [targets]."""
+    labels: torch.Tensor
+    """The target tokens, int64 [targets]."""
+    counts: torch.Tensor
+    """In how many conversations each target stands, float32 [targets]."""
+    real_tokens: int
+    """Tokens that are not padding."""
+    weight: float = 1.0
+    """0 for a stand-in on a rank that has no conversation left in a short step, else 1."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(segment.length for segment in self.segments)
+
+    @property
+    def target_count(self) -> int:
+        return int(self.counts.sum()) if self.weight else 0
+
+
+def lay_out(
+    examples: Sequence[Example], batching: Batching, weight: float = 1.0, least_shared: int = LEAST_SHARED
+) -> MicroBatch:
+    """Lay conversations end to end, common beginnings once; `padded` fills each up to the longest and shares nothing."""
+    if batching is Batching.padded:
+        longest = max(example.computed for example in examples)
+        nodes = [_Node(0, longest, (number,)) for number in range(len(examples))]
+    else:
+        nodes = _forest([example.ids[: example.computed] for example in examples], least_shared)
+    ids = np.zeros(sum(node.stop - node.start for node in nodes), np.int64)
+    positions = np.concatenate([np.arange(node.start, node.stop) for node in nodes])
+    segments: list[Segment] = []
+    places = [np.zeros(example.computed, np.int64) for example in examples]  # where each of its tokens lies
+    for node in nodes:
+        start = segments[-1].stop if segments else 0
+        context = () if node.parent is None else (*segments[node.parent].context, _span(segments[node.parent]))
+        segments.append(Segment(start, start + node.stop - node.start, context))
+        first = examples[node.members[0]]
+        filled = min(node.stop, first.computed) - node.start
+        ids[start : start + filled] = first.ids[node.start : node.start + filled]
+        for member in node.members:
+            places[member][node.start : node.start + filled] = start + np.arange(filled)
+    pairs = []
+    for example, place in zip(examples, places, strict=True):
+        before = np.flatnonzero(example.targets[1:])
+        pairs.append(np.stack([place[before], example.ids[before + 1].astype(np.int64)], axis=1))
+    # A target in a common beginning is one position with one label, counted as often as it occurs.
+    unique, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
+    return MicroBatch(
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        segments=tuple(segments),
+        predicting=torch.from_numpy(np.ascontiguousarray(unique[:, 0])),
+        labels=torch.from_numpy(np.ascontiguousarray(unique[:, 1])),
+        counts=torch.from_numpy(counts.astype(np.float32)),
+        real_tokens=len(ids) if batching is not Batching.padded else sum(example.computed for example in examples),
+        weight=weight,
+    )
+
+
+def segment_sizes(conversations: Sequence[np.ndarray], least_shared: int = LEAST_SHARED) -> list[tuple[int, int]]:
+    """(tokens, tokens of context) of each segment that these conversations would be laid out as."""
+    nodes = _forest(conversations, least_shared)
+    return [(node.stop - node.start, node.start) for node in nodes]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Tokens [start, stop) of the conversations `members`, equal in all of them."""
+
+    start: int
+    stop: int
+    members: tuple[int, ...]
+    parent: int | None = None
+
+
+def _span(segment: Segment) -> tuple[int, int]:
+    return segment.start, segment.stop
+
+
+def _forest(conversations: Sequence[np.ndarray], least_shared: int) -> list[_Node]:
+    """The prefix trees of some conversations, parents before children, siblings side by side with the longest first."""
+    # In sorted order whatever shares a beginning stands together, and what a group shares, its first and last share.
+    order = sorted(range(len(conversations)), key=lambda i: conversations[i].astype(">i4").tobytes())
+    nodes: list[_Node] = []
+    pending: list[tuple[list[int], int, int | None]] = [(order, 0, None)]
+    while pending:
+        members, depth, parent = pending.pop(0)
+        siblings = []
+        for group in _groups(members, depth, conversations, least_shared):
+            stop = depth + _common([conversations[group[0]], conversations[group[-1]]], depth)
+            siblings.append(_Node(depth, stop, tuple(group), parent))
+        for node in sorted(siblings, key=lambda node: (node.start - node.stop, node.members)):
+            nodes.append(node)
+            if rest := [i for i in node.members if len(conversations[i]) > node.stop]:
+                pending.append((rest, node.stop, len(nodes) - 1))
+    return nodes
+
+
+def _groups(members: list[int], depth: int, conversations: Sequence[np.ndarray], least: int) -> list[list[int]]:
+    """Cut sorted conversations where neighbours share fewer than `least` tokens from `depth` on."""
+    groups = [[members[0]]]
+    for before, now in zip(members, members[1:], strict=False):
+        if _common([conversations[before], conversations[now]], depth) >= least:
+            groups[-1].append(now)
+        else:
+            groups.append([now])
+    return groups
+
+
+def _common(pair: Sequence[np.ndarray], depth: int) -> int:
+    """How many tokens two conversations share from `depth` on."""
+    first, second = pair
+    length = min(len(first), len(second)) - depth
+    different = np.flatnonzero(first[depth : depth + length] != second[depth : depth + length])
+    return int(different[0]) if len(different) else length
