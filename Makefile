@@ -31,8 +31,8 @@ test: $(READY) ## run all tests
 check: $(READY) ## lint and types
 	ruff check . && mypy
 
-plan: $(READY) ## show the config of an experiment without starting it: make plan EXP=lora_a10
-	python train.py +exp=$(EXP) --cfg job
+plan: $(READY) ## say what an experiment would do, without starting it: make plan EXP=lora_cpu RANKS=2
+	python -m launcher +exp=$(EXP) --ranks $(RANKS) --dry
 
 clean: ## remove what the tools leave (not data/ or outputs/)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
-from tunesmith.plan import describe, make_plan
+from tunesmith.plan import describe, make_plan, shape_needs_files
 from tunesmith.run import RunFolder, StopSignal, failures, refuse
 from tunesmith.world import World, this_world
 
@@ -31,7 +31,12 @@ def main(composed: DictConfig) -> None:
 def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     stop = StopSignal()
     machine = this_machine()
-    plan = make_plan(config, machine, world.size, local_size=world.local_size)
+    base = None
+    if shape_needs_files(config.model.path, config.model.known_as):
+        from tunesmith.model.source import model_folder
+
+        base = model_folder(config.model)
+    plan = make_plan(config, machine, world.size, local_size=world.local_size, model_folder=base)
     folder = RunFolder.of(config, plan, world)
     if folder.say_if_complete():
         return
@@ -41,11 +46,12 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     from tunesmith import checkpoint, data, engine, evaluate, loop, metrics, model, report
 
     data.prepare_files(config)
-    base = model.model_folder(config.model)
+    base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
     plan = make_plan(
-        config, machine, world.size, len(dataset.train), local_size=world.local_size, longest_tokens=dataset.longest_tokens
-    )
+        config, machine, world.size, len(dataset.train), local_size=world.local_size, longest_tokens=dataset.longest_tokens,
+        model_folder=base,
+    )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
     folder.say(describe(plan))
@@ -59,11 +65,11 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     def judge() -> dict[str, object]:
         return evaluate.evaluate(worker, dataset, config.eval, plan.micro_batch)
 
-    before = folder.evaluation("before", judge) if config.eval.before else {}
+    before = folder.evaluation("before", judge, wanted=config.eval.before and done == 0)
     with metrics.open_sinks(config, folder, plan.steps, done) as sinks:
         loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
         checkpoint.export(worker, folder.result_for(config))
-        after = folder.evaluation("after", judge) if config.eval.after else {}
+        after = folder.evaluation("after", judge, wanted=config.eval.after)
         sinks.summarise(after)
     folder.complete(plan.steps, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:

@@ -101,8 +101,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 CPU: Any = SimpleNamespace(type="cpu")
 RATE = Rate(
-    conversations=16, computed_tokens=4000, padding_tokens=400, shared_tokens=500, target_tokens=1000, useful_flops=6e12, executed_flops=9e12
-)  # fmt: skip
+    conversations=16,
+    computed_tokens=4000,
+    padding_tokens=400,
+    shared_tokens=500,
+    target_tokens=1000,
+    useful_flops=6e12,
+    executed_flops=9e12,
+)
 
 
 def take_step(measured: Meter, clock: Clock, communication_s: float = 0.0) -> dict[str, float]:

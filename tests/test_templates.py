@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import keyword
 import string
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -436,11 +437,17 @@ def test_a_call_is_read_back_as_it_was_written(form: str, call: Call) -> None:
         ("f\n```python\ntool_call(x=1)", Call("f", {"x": 1})),  # cut before it
         ("f\n```\ng(x=1)\n```", Call("g", {"x": 1})),  # a name of its own in the fence
         ("f(x=-1, y=[1, {'a': (2,)}])", Call("f", {"x": -1, "y": [1, {"a": (2,)}]})),
-        ("f(x='\\d')", Call("f", {"x": "\\d"})),  # Python would warn of the backslash
     ],
 )
 def test_calls_as_models_write_them(text: str, call: Call) -> None:
     assert parse_call(text) == call
+
+
+def test_a_stray_backslash_is_read_without_a_word() -> None:
+    """Python would warn of it on the terminal, in the middle of an evaluation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse_call(r"f(x='\d')") == Call("f", {"x": r"\d"})
 
 
 JUNK = [

@@ -122,7 +122,7 @@ def test_wandb_offline_run_of_the_real_program(overrides: list[str]) -> None:
     done = launch("python", [*overrides, "engine=accelerate", *QUIET, "tracker=wandb", "tracker.group=sweep7"])
     assert done.code == 0, done.output
     assert list(done.run.glob("wandb/offline-run-*/*.wandb")), done.output
-    assert (done.run / "wandb_id.txt").read_text().strip()
+    assert (done.run / "wandb.json").read_text().strip()
 
 
 def test_chat_without_a_model_says_so(tmp_path: Path) -> None:

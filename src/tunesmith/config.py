@@ -207,7 +207,7 @@ class Optim:
 @dataclass
 class Hardware:
     card: str = "cpu"
-    """What the run is meant for: cpu, any (whatever is here), or a row of the card table (t4, a10, a10g, l4, a100_40, h100, ...)."""
+    """What the run is meant for: cpu, any (whatever is here), or a row of the card table (t4, a10, a10g, l4, a100_40, h100_sxm, ...)."""
     count: int = 0
     """Cards that the run needs in all; 0: as many as ranks are started."""
     peak: str = "table"

@@ -112,7 +112,8 @@ def slots(call: Call) -> set[tuple[str, str]]:
 
 def side_by_side(dataset: Dataset, before: Mapping[str, Any], after: Mapping[str, Any], count: int) -> list[dict[str, str]]:
     """Answers before and after beside what is wanted, for people, spread evenly over the test set."""
-    asked = max(len(before.get("answers", [])), len(after.get("answers", [])))
+    known = [len(answers["answers"]) for answers in (before, after) if "answers" in answers]
+    asked = min(known, default=0)  # eval.conversations may have changed between two starts of a run
     rows = []
     for number in range(0, asked, max(1, asked // max(1, count)))[:count]:
         question = dataset.questions[number]
@@ -121,8 +122,8 @@ def side_by_side(dataset: Dataset, before: Mapping[str, Any], after: Mapping[str
             {
                 "prompt": question.text,
                 "reference": dataset.renderer.call_text(wanted.call) if wanted.call else wanted.content,
-                "before": before["answers"][number] if before else "",
-                "after": after["answers"][number] if after else "",
+                "before": before["answers"][number] if "answers" in before else "",
+                "after": after["answers"][number] if "answers" in after else "",
             }
         )
     return rows

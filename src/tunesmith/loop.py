@@ -45,7 +45,7 @@ class Training:
         peak, note = engine.broadcast(
             peak_flops(config.hardware.peak, machine, compute, engine.threads, cpu=on_cpu) if world.is_main else None
         )
-        if world.is_main:
+        if world.is_main and note != plan.peak_note:
             print(f"peak     {note}")
         meter = Meter(engine.device, world.size, peak)
         return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop)
@@ -67,7 +67,7 @@ def train(parts: Training, done: int) -> None:
             saved = parts.checkpoints.save(done)
             if stopping:
                 kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
-                raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on")
+                raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on", done)
     parts.stop.disarm()
 
 

