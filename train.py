@@ -13,7 +13,7 @@ from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, regi
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.plan import describe, make_plan, shape_needs_files
-from tunesmith.run import RunFolder, StopSignal, failures, refuse
+from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
 from tunesmith.world import World, this_world
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let mistakes reach us: `explain` names all of them, a line each
@@ -54,7 +54,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
-    folder.say(describe(plan))
+    folder.say("\n".join([describe(plan), *dataset.notes]))
 
     device = engine.device_for(world, config)
     engine.join(config, world, device, threads=config.hardware.threads or max(1, machine.cores // world.local_size))
@@ -81,6 +81,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
 if __name__ == "__main__":
     try:
         main()
+        leave(COMPLETED)
     except COMPOSITION_ERRORS as error:
         refuse(Refusal(explain(error, sys.argv[1:])))
     except Refusal as refusal:  # variables of a launcher that contradict each other: `failures` needs to know the rank

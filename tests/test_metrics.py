@@ -388,9 +388,10 @@ from tunesmith.metrics.sinks import WandbSink, open_sinks
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 
-run, mode, WandbSink.CLOSE_S, go_on = Path(sys.argv[1]), TrackerMode[sys.argv[2]], float(sys.argv[3]), Path(sys.argv[4])
+run, mode, go_on = Path(sys.argv[1]), TrackerMode[sys.argv[2]], Path(sys.argv[5])
+init_timeout_s, WandbSink.CLOSE_S = float(sys.argv[3]), float(sys.argv[4])
 run.mkdir(exist_ok=True)
-config = Config(name="demo", tracker=Tracker(TrackerKind.wandb, mode, init_timeout_s=1.0))
+config = Config(name="demo", tracker=Tracker(TrackerKind.wandb, mode, init_timeout_s=init_timeout_s))
 config.model.path, config.data.train = "models/tiny", "train.json"
 start, logged = time.perf_counter(), []
 with open_sinks(config, RunFolder(run, World()), 5, 0) as sinks:
@@ -407,10 +408,12 @@ print(json.dumps({"open_s": opened, "log_s": sorted(logged), "close_s": time.per
 """
 
 
-def trainer(run: Path, mode: str = "online", close_s: float = 20.0, go_on: Path = ROOT, **extra: str) -> subprocess.Popen[str]:
+def trainer(
+    run: Path, mode: str = "online", init_timeout_s: float = 1.0, close_s: float = 20.0, go_on: Path = ROOT, **extra: str
+) -> subprocess.Popen[str]:
     """A process that logs five steps to W&B as a training does, and ends once the file `go_on` is there."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(close_s), str(go_on)],
+        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(init_timeout_s), str(close_s), str(go_on)],
         cwd=run.parent, env=environment(extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -521,7 +524,7 @@ def test_refused_silent_slow_or_without_a_key(server: tuple[str, list[str]], tmp
 def test_a_server_that_dies_under_way(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, seen = server
     go_on = tmp_path / "go-on"
-    process = trainer(tmp_path / "run", close_s=2.0, go_on=go_on, WANDB_BASE_URL=address, **ACCOUNT)
+    process = trainer(tmp_path / "run", init_timeout_s=15.0, close_s=2.0, go_on=go_on, WANDB_BASE_URL=address, **ACCOUNT)
     wait_for(lambda: any("/file_stream" in request for request in seen), 30)
     go_on.touch()
     said = check(process, tmp_path / "run", close_s=2 + 8)
@@ -531,7 +534,8 @@ def test_a_server_that_dies_under_way(server: tuple[str, list[str]], tmp_path: P
 
 def test_a_server_that_works(server: tuple[str, list[str]], tmp_path: Path) -> None:
     address, seen = server
-    said = check(trainer(tmp_path / "run", WANDB_BASE_URL=address, **ACCOUNT), tmp_path / "run", close_s=20)
+    process = trainer(tmp_path / "run", init_timeout_s=15.0, WANDB_BASE_URL=address, **ACCOUNT)
+    said = check(process, tmp_path / "run", close_s=20)
     assert "offline" not in said
     assert records(tmp_path / "run") == []
     (rows,) = records(tmp_path / "run", kind="run")
@@ -606,7 +610,7 @@ def test_reading_metrics_needs_neither_torch_nor_wandb() -> None:
 # --- communication -------------------------------------------------------------------------------------------------
 
 COMMUNICATE = """
-import json, time
+import json, os, time
 from tunesmith.hardware import prepare_environment
 prepare_environment(on_cpu=True)
 import torch
@@ -633,7 +637,9 @@ for _ in range(3):
         wall_s += time.perf_counter() - start
     found.append((wall_s, engine.communication_s()))
 kept = sum(len(timer.event_timers) for timer in deepspeed.comm.comm.timers.get_timers().values())
-print(json.dumps({"found": found, "again": engine.communication_s(), "kept": kept + len(deepspeed.comm.comm.comms_logger.comms_dict)}))
+kept += len(deepspeed.comm.comm.comms_logger.comms_dict)
+print(json.dumps({"found": found, "again": engine.communication_s(), "kept": kept}), flush=True)
+os._exit(0)  # on a busy machine gloo's threads now and then abort the interpreter's end
 """
 
 

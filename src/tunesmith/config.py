@@ -54,6 +54,22 @@ class Template(Enum):
     chatglm3 = "chatglm3"
 
 
+class DataFormat(Enum):
+    auto = "auto"
+    chatglm3 = "chatglm3"
+    openai = "openai"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt = "prompt"
+    text = "text"
+
+
+class Overlong(Enum):
+    error = "error"
+    drop = "drop"
+    cut = "cut"
+
+
 class Batching(Enum):
     ragged = "ragged"
     padded = "padded"
@@ -133,11 +149,13 @@ class Data:
     folder: str = "data"
     """Folder that relative file names below are looked up in."""
     train: str = MISSING
-    """Training conversations: .json (a list) or .jsonl, in ChatGLM3 or OpenAI-messages form."""
+    """Training conversations: a file, folder, glob or hub:OWNER/NAME[:SPLIT]; several with commas; a weight: a.jsonl*2."""
     dev: str = ""
     """Held-out conversations for the loss during training; empty: none."""
     test: str = ""
     """Held-out conversations for the evaluation before and after; empty: none."""
+    format: DataFormat = DataFormat.auto
+    """How records are written; auto: each is told by its keys."""
     prepare: Prepare = Prepare.none
     """Make the files first if they are not there: smart_home writes tool calls from home-assistant-intents."""
     language: str = "en"
@@ -155,7 +173,9 @@ class Data:
     system: str = ""
     """System turn for conversations that have none; empty: none is added."""
     max_tokens: int = 2048
-    """Longest conversation, in tokens; a longer one is an error that names it, never a silent cut."""
+    """Longest conversation, in tokens."""
+    overlong: Overlong = Overlong.error
+    """What becomes of a longer one: error names it; drop leaves it out; cut takes whole turns from its front. Both are counted."""
     batching: Batching = Batching.ragged
     """ragged lays conversations end to end without padding; padded is the rectangle, for comparison."""
 
@@ -249,7 +269,7 @@ class Tracker:
     job_type: str = "train"
     """W&B job type."""
     init_timeout_s: float = 5.0
-    """Longest that W&B may keep the run waiting at start; after that the run goes on and logs offline."""
+    """How long W&B may take to answer at start before it is logged offline instead; the run itself never waits for it."""
 
 
 @dataclass

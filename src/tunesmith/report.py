@@ -49,7 +49,7 @@ DEFINITIONS = {
     "gradient, and recomputed activations do not count.",
     "MFU": "Model FLOPs utilisation: needed FLOPs per second over the device's peak; left out when that is not known.",
     "HFU": "Hardware FLOPs utilisation: the same, but with what activation checkpointing computes a second time.",
-    "peak memory": "Most memory allocated on one device at any step, in GiB (2³⁰ bytes).",
+    "peak memory": "Most memory reserved on one device (the process's own on a CPU) at any step, in GiB (2³⁰ bytes).",
     "padding share": "Padding tokens divided by computed tokens, over the whole run; 0 when batches are ragged.",
     "loss": "Mean cross-entropy over target tokens, in nats; a dev loss is taken on held-out conversations.",
     "perplexity": "exp(loss): as unsure as a choice among that many equally likely tokens. Lower is better.",

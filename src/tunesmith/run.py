@@ -198,14 +198,14 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
             folder.set_status("stopped", step=stopped.step)
         if world.is_main:
             print(f"tunesmith: {stopped}", file=sys.stderr)
-        _leave(STOPPED)
+        leave(STOPPED)
     except Refusal as refusal:
         if not world.is_main:
             time.sleep(3)  # rank 0 finds the same; speak only if it has not ended the job by now
         refuse(refusal)
     except Exception as error:
         _tell(error, world, folders[0] if folders else None)
-        _leave(FAILED)
+        leave(FAILED)
 
 
 def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
@@ -228,8 +228,9 @@ def _looks_secondary(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("peer", "connection", "timed out", "gloo", "nccl"))
 
 
-def _leave(code: int) -> None:
-    # Not sys.exit: a process group or a W&B thread with a dead partner can hold up the interpreter for minutes.
+def leave(code: int) -> None:
+    """End the process now, with everything printed. Not sys.exit: a process group with a dead partner can hold the
+    interpreter up for minutes, and gloo's threads were seen to abort its teardown after a good run (code 134)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -239,7 +240,7 @@ def refuse(refusal: Refusal) -> None:
     """Print a user's mistake without a traceback and leave with exit code 2."""
     text = str(refusal)
     print("tunesmith: " + (text if "\n" not in text else "this cannot run as asked:\n  " + text.replace("\n", "\n  ")), file=sys.stderr)
-    _leave(REFUSED)
+    leave(REFUSED)
 
 
 def before_after(evaluation: Mapping[str, Any]) -> str:

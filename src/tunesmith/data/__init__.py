@@ -7,14 +7,14 @@ on a barrier that could time out while one of them works.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
 
-from tunesmith.config import Config, Prepare, Refusal
+from tunesmith.config import Config, Data, Overlong, Prepare, Refusal
 from tunesmith.data.conversations import Call, Conversation, Turn, read_conversations
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Dataset:
     questions: list[Question]
     """The test conversations as prompts, in file order."""
     renderer: Renderer
+    notes: list[str] = field(default_factory=list)
+    """What was cut or left out, a line for each kind."""
 
     @property
     def longest_tokens(self) -> int:
@@ -90,24 +92,65 @@ def load(config: Config, tokenizer: Tokenizer) -> Dataset:
     from tunesmith.data.templates import renderer_for
 
     renderer = renderer_for(tokenizer, config.data)
-    folder = Path(config.data.folder)
     parts: dict[str, list[Conversation]] = {"train": [], "dev": [], "test": []}
     problems: list[str] = []
     for part in parts:
-        if name := getattr(config.data, part):
+        if spec := getattr(config.data, part):
             try:
-                parts[part] = read_conversations(folder / name, f"data.{part}")
+                parts[part] = read_conversations(spec, f"data.{part}", config.data.format, Path(config.data.folder))
             except Refusal as refusal:
                 problems.append(str(refusal))
     if problems:
         raise Refusal("\n".join(problems))
+    notes: list[str] = []
+    for part, conversations in parts.items():
+        if config.data.overlong is not Overlong.error:
+            parts[part], said = _shortened(part, conversations, renderer, config.data)
+            notes += said
     rendered = {part: [_example(conversation, renderer) for conversation in found] for part, found in parts.items()}
     for part, examples in rendered.items():
         problems += _unusable(part, examples, config.data.max_tokens)
+    if not parts["train"]:
+        problems.append(f"data.max_tokens={config.data.max_tokens}: no training conversation is short enough — a larger data.max_tokens")
     if problems:
         raise Refusal("\n".join(problems))
     questions = [question for conversation in parts["test"] if (question := _question(conversation, renderer))]
-    return Dataset(rendered["train"], rendered["dev"], rendered["test"], questions, renderer)
+    return Dataset(rendered["train"], rendered["dev"], rendered["test"], questions, renderer, notes)
+
+
+def _shortened(part: str, conversations: list[Conversation], renderer: Renderer, data: Data) -> tuple[list[Conversation], list[str]]:
+    """The conversations that fit into data.max_tokens, cut or without the longer ones, and a line for each kind of loss."""
+    kept: list[Conversation] = []
+    cut = dropped = turns = 0
+    for conversation in conversations:
+        fitting = _fitting(conversation, renderer, data)
+        if fitting is None:
+            dropped += 1
+            continue
+        cut += fitting is not conversation
+        turns += len(conversation.turns) - len(fitting.turns)
+        kept.append(fitting)
+    where = f"data.overlong={data.overlong.name}: data.{part}, of {len(conversations)} conversations"
+    notes = [f"{where} {cut} lost {turns} turns at their front (data.max_tokens={data.max_tokens})"] if cut else []
+    notes += [f"{where} {dropped} are left out, longer than data.max_tokens={data.max_tokens}"] if dropped else []
+    return kept, notes
+
+
+def _fitting(conversation: Conversation, renderer: Renderer, data: Data) -> Conversation | None:
+    """The conversation, or its newest turns from a user turn on, behind its system turns; None if even they are too long.
+
+    Cuts lie between turns, so no target and no stop token is ever torn off.
+    """
+    system = [turn for turn in conversation.turns if turn.role == "system"]
+    others = conversation.turns[len(system) :]
+    starts = [0]
+    if data.overlong is Overlong.cut:
+        starts += [index for index, turn in enumerate(others) if index and turn.role == "user"]
+    for start in starts:
+        rest = replace(conversation, turns=(*system, *others[start:])) if start else conversation
+        if sum(len(piece.ids) for piece in renderer.render(rest)) <= data.max_tokens:
+            return rest
+    return None
 
 
 def _example(conversation: Conversation, renderer: Renderer) -> Example:

@@ -1,16 +1,19 @@
-"""From a file to conversations: ChatGLM3 and OpenAI-messages JSON, checked, each mistake with file, place and turn."""
+"""From a record to a conversation: every form as ChatGLM3's, checked, each mistake with file, place and turn."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Refusal
+from tunesmith.config import DataFormat, Refusal
+from tunesmith.data.files import Mistake, sources
+from tunesmith.data.formats import as_conversation
 
-ROLES = ("system", "user", "assistant", "tool", "observation")
+ROLES = ("system", "user", "assistant", "tool", "observation", "text")
 SHOWN_MISTAKES = 20
 
 
@@ -42,45 +45,62 @@ class Conversation:
     """file:line, or file#index in a JSON list."""
 
 
-def read_conversations(path: Path, setting: str) -> list[Conversation]:
-    """All conversations of a .json (list) or .jsonl file.
+def read_conversations(
+    spec: str | Path, setting: str, chosen: DataFormat = DataFormat.auto, folder: Path = Path()
+) -> list[Conversation]:
+    """All conversations that a spec names (see files.py), each as often as its weight says.
 
-    Raises Refusal naming `setting` if the file is missing or empty, else listing every malformed conversation by its place.
+    Raises Refusal naming `setting` if something is missing or empty, else listing every malformed conversation.
     """
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.json*")) if path.parent.is_dir() else []
-        hint = (
-            f"the folder has {', '.join(beside[:8])}"
-            if beside
-            else f"the folder {path.parent} has no .json or .jsonl file"
-        )
-        raise Refusal(f"{setting}={path}: no such file — {hint}")
+    conversations: list[Conversation] = []
     mistakes: list[str] = []
-    conversations = []
-    for place, record in _records(path, mistakes):
-        try:
-            conversations.append(parse_conversation(record, place))
-        except ValueError as error:
-            mistakes.append(str(error))
+    try:
+        for source in sources(str(spec), folder):
+            found: list[Conversation] = []
+            for place, record in source.records():
+                try:
+                    found.append(parse_conversation(record, place, chosen))
+                except Mistake as mistake:
+                    mistakes.append(str(mistake))
+            conversations += weighted(found, source.weight)
+    except Refusal as refusal:
+        raise Refusal(f"{setting}={refusal}") from None
     if mistakes:
-        more = [f"and {len(mistakes) - SHOWN_MISTAKES} more"] if len(mistakes) > SHOWN_MISTAKES else []
-        raise Refusal("\n".join([*mistakes[:SHOWN_MISTAKES], *more]))
+        raise Refusal(shown(mistakes))
     if not conversations:
-        raise Refusal(f"{setting}={path}: the file holds no conversation")
+        raise Refusal(f"{setting}={spec if isinstance(spec, Path) else folder / spec}: the file holds no conversation")
     return conversations
 
 
-def parse_conversation(record: Any, place: str) -> Conversation:
-    """Check one JSON object and expand it into turns; raises ValueError with place, turn and what to do."""
+def weighted(conversations: list[Conversation], weight: float) -> list[Conversation]:
+    """Whole copies, and for the fraction a subset that is the same at every start, in file order."""
+    whole = int(weight)
+    part = round((weight - whole) * len(conversations))
+    chosen = sorted(random.Random(0).sample(range(len(conversations)), part))
+    return conversations * whole + [conversations[i] for i in chosen]
+
+
+def shown(mistakes: list[str]) -> str:
+    """The first mistakes in full, a line each, and how many more there are."""
+    more = [f"and {len(mistakes) - SHOWN_MISTAKES} more"] if len(mistakes) > SHOWN_MISTAKES else []
+    return "\n".join([*mistakes[:SHOWN_MISTAKES], *more])
+
+
+def parse_conversation(record: Any, place: str, chosen: DataFormat = DataFormat.auto) -> Conversation:
+    """Check one record and expand it into turns; raises Mistake (a ValueError) with place, turn and what to do."""
+    if isinstance(record, Mistake):  # what could not even be read
+        raise record
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: a conversation is a JSON object, this is {_kind(record)}")
+        raise Mistake("malformed", f"{place}: a conversation is a JSON object, this is {_kind(record)}")
+    record, first = as_conversation(record, chosen, place)
     messages = record.get("conversations", record.get("messages"))
     if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{place}: needs a non-empty list `conversations` (or `messages`); its keys are {', '.join(record) or 'none'}"
+        raise Mistake(
+            "malformed",
+            f"{place}: needs a non-empty list `conversations` (or `messages`); its keys are {', '.join(record) or 'none'}",
         )
     turns: list[Turn] = []
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(messages, first):
         turns.extend(_turns(message, f"{place} turn {number}", turns))
     metadata = record.get("metadata")
     return Conversation(tuple(turns), record.get("tools"), metadata if isinstance(metadata, dict) else {}, place)
@@ -89,83 +109,68 @@ def parse_conversation(record: Any, place: str) -> Conversation:
 def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
-        raise ValueError(f"{where}: role {role!r} is unknown — one of {', '.join(ROLES)}")
+        raise Mistake("unknown_role", f"{where}: role {role!r} is unknown — one of {', '.join(ROLES)}")
+    message = {key: value for key, value in message.items() if value is not None}  # a table fills what is absent with null
     loss = message.get("loss")
     if loss is not None and not isinstance(loss, bool):
-        raise ValueError(f"{where}: loss is {loss!r} — true or false")
+        raise Mistake("loss_not_boolean", f"{where}: loss is {loss!r} — true or false")
     last = before[-1].role if before else None
+    if before and "text" in (role, last):
+        raise Mistake("malformed", f"{where}: a text turn is a whole conversation — give the {role} turn a conversation of its own")
     # OpenAI's answer of a tool may carry a name too; it has the answer as content, a call of ChatGLM3 has none.
-    if role == "tool" and "name" in message and (message.get("parameters") is not None or not message.get("content")):
+    if role == "tool" and "name" in message and ("parameters" in message or not message.get("content")):
         name, parameters = message["name"], message.get("parameters", {})
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{where}: a tool turn's name is {name!r} — the tool's name as text")
+            raise Mistake("tool_without_name", f"{where}: a tool turn's name is {name!r} — the tool's name as text")
         if not isinstance(parameters, dict):
-            raise ValueError(f"{where}: parameters are {_kind(parameters)} — a JSON object of name and value")
+            raise Mistake("malformed", f"{where}: parameters are {_kind(parameters)} — a JSON object of name and value")
         yield Turn("assistant", call=Call(name, parameters), loss=loss is not False)
-        if message.get("observation") is not None:
+        if "observation" in message:
             yield Turn("observation", _text(message["observation"]))
         return
     if role == "tool":  # OpenAI's answer of a tool: what ChatGLM3 calls an observation
         role = "observation"
     content = message.get("content")
     if content is not None and not isinstance(content, str) and role != "observation":
-        raise ValueError(f"{where}: the {role} turn's content is {_kind(content)} — text")
+        raise Mistake("malformed", f"{where}: the {role} turn's content is {_kind(content)} — text")
     if calls := message.get("tool_calls"):
         if role != "assistant" or not isinstance(calls, list):
-            raise ValueError(f"{where}: tool_calls are {_kind(calls)} in the {role} turn — a list, in an assistant turn")
+            raise Mistake("malformed", f"{where}: tool_calls are {_kind(calls)} in the {role} turn — a list, in an assistant turn")
         if content:  # what was said before calling
             yield Turn("assistant", content, loss=loss is not False)
         yield from (Turn("assistant", call=_openai_call(call, where), loss=loss is not False) for call in calls)
         return
     if content is None or content == "":
-        raise ValueError(
-            f"{where}: the {role} turn has no content" + (" and no `name`" if message["role"] == "tool" else "")
-        )
+        if message["role"] == "tool":
+            raise Mistake("tool_without_name", f"{where}: the {role} turn has no content and no `name` — name the tool that is called")
+        raise Mistake("empty_content", f"{where}: the {role} turn has no content — give it some, or take the turn out")
     if role == "user" and last == "user":
-        raise ValueError(f"{where}: two user turns in a row — join them, or put the answer between them")
+        raise Mistake("user_after_user", f"{where}: two user turns in a row — join them, or put the answer between them")
     if role == "observation" and (last not in ("assistant", "observation")):
-        raise ValueError(f"{where}: an observation without a call before it")
+        raise Mistake("observation_without_call", f"{where}: an observation without a call before it — put the call before it")
     if role == "system" and any(turn.role == "user" for turn in before):
-        raise ValueError(f"{where}: a system turn after the first user turn — put it first")
+        raise Mistake("malformed", f"{where}: a system turn after the first user turn — put it first")
     # Observations are not trained by default: learning to invent a tool's result is never wanted. `loss: true` asks for it.
-    trained = role == "assistant" if loss is None else loss
+    trained = role in ("assistant", "text") if loss is None else loss
     yield Turn(role, _text(content), loss=trained)
 
 
 def _openai_call(call: Any, where: str) -> Call:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise ValueError(f"{where}: a tool call is {_kind(call if function is None else function)} — an object with name and arguments")
-    name, arguments = function.get("name"), function.get("arguments", {})
+        raise Mistake(
+            "malformed", f"{where}: a tool call is {_kind(call if function is None else function)} — an object with name and arguments"
+        )
+    name, arguments = function.get("name"), function.get("arguments")
+    arguments = {} if arguments is None else arguments
     try:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: arguments of the tool call are not JSON ({error.msg})") from None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f"{where}: a tool call needs function.name (text) and function.arguments (an object)")
+    except (ValueError, RecursionError) as error:
+        raise Mistake("malformed", f"{where}: arguments of the tool call are not JSON ({error})") from None
+    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+        kind = "malformed" if name and isinstance(name, str) else "tool_without_name"
+        raise Mistake(kind, f"{where}: a tool call needs function.name (text) and function.arguments (an object)")
     return Call(name, arguments)
-
-
-def _records(path: Path, mistakes: list[str]) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text("utf-8-sig")  # some editors put a byte order mark in front
-    except UnicodeDecodeError as error:
-        mistakes.append(f"{path}: byte {error.start} is not UTF-8 — save the file as UTF-8")
-        return
-    if path.suffix == ".jsonl" or not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON text may hold U+2028 as it is
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    mistakes.append(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})")
-        return
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        mistakes.append(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})")
-        return
-    yield from ((f"{path}#{index}", record) for index, record in enumerate(records))
 
 
 def _text(content: Any) -> str:

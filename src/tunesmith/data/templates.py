@@ -54,6 +54,11 @@ class Renderer(ABC):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer at inference; the first is the one that training teaches."""
 
+    @property
+    def text_end(self) -> int:
+        """The token that ends plain text."""
+        return self.stop_ids[0]
+
     @abstractmethod
     def opening(self) -> tuple[int, ...]:
         """Tokens before the first turn."""
@@ -77,15 +82,19 @@ class Renderer(ABC):
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """The whole conversation as pieces, in order."""
-        turns = self._with_system(conversation)
         pieces = [Piece(self.opening(), False, -1)] if self.opening() else []
+        if conversation.turns[0].role == "text":  # no header, nobody speaks
+            (turn,) = conversation.turns
+            return [*pieces, Piece((*self.encode(turn.content), self.text_end), turn.loss, 0)]
+        turns = self._with_system(conversation)
         for index, turn in enumerate(turns):
             pieces += self.turn(turn, index)
         return pieces
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """What the model reads before it answers: every turn given, then the assistant's header."""
-        return [token for piece in self.render(conversation) for token in piece.ids] + list(self.header("assistant"))
+        """What the model reads before it answers: every turn given, then the assistant's header; plain text it just goes on with."""
+        ids = [token for piece in self.render(conversation) for token in piece.ids]
+        return ids[:-1] if conversation.turns[0].role == "text" else [*ids, *self.header("assistant")]
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -175,6 +184,10 @@ class ChatGLM3(Renderer):
     def stop_ids(self) -> tuple[int, ...]:
         return (self.special("<|user|>"), self.special("<|observation|>"), self.special("</s>"))
 
+    @property
+    def text_end(self) -> int:
+        return self.special("</s>")
+
     def opening(self) -> tuple[int, ...]:
         return (self.special("[gMASK]"), self.special("sop"))
 
@@ -186,13 +199,17 @@ class ChatGLM3(Renderer):
         return [Piece((*self.header(turn.role), *self.encode(f"{metadata}\n"), *self.encode(said)), turn.loss, index)]
 
     def render(self, conversation: Conversation) -> list[Piece]:
+        if conversation.turns[0].role == "text":
+            return super().render(conversation)  # no turn before it: its first token is a target too
         pieces = [*super().render(conversation), Piece((self.special("</s>"),), False, -1)]
         tokens = [(token, piece.target, piece.turn) for piece in pieces for token in piece.ids]
         before = [False, *(target for _, target, _ in tokens[:-1])]
         return [Piece((token,), target, turn) for (token, _, turn), target in zip(tokens, before, strict=True)]
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        return super().prompt(conversation)[:-2] + [self.special("<|assistant|>")]  # without the final eos
+        if conversation.turns[0].role == "text":
+            return super().prompt(conversation)
+        return [*super().prompt(conversation)[:-2], self.special("<|assistant|>")]  # without the final eos
 
     def call_text(self, call: Call) -> str:
         return f"{call.name}\n```python\n{python_call(Call('tool_call', call.parameters))}\n```"

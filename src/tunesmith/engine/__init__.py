@@ -5,7 +5,6 @@ Nothing outside this room knows which of them is at work.
 
 from __future__ import annotations
 
-import atexit
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -159,7 +158,6 @@ def join(config: Config, world: World, device: torch.device, threads: int) -> No
         world_size=world.size,
         timeout=timedelta(seconds=config.engine.timeout_s),
     )
-    atexit.register(dist.destroy_process_group)
 
 
 def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, device: torch.device) -> Engine:
