@@ -274,8 +274,8 @@ def test_a_stored_config_comes_back_equal(tmp_path: Path) -> None:
 
 
 def test_local_rank_is_taken_out_and_nothing_else() -> None:
-    words = ["--local_rank=3", "+exp=lora_cpu", "--local-rank=0", "data.system=--local_rank", "--cfg", "job"]
-    assert drop_local_rank(words) == ["+exp=lora_cpu", "data.system=--local_rank", "--cfg", "job"]
+    words = ["--local_rank=3", "+exp=lora_cpu", "--local-rank=0", "data.system=--local_rank", "--local_addr=x", "--cfg", "job"]
+    assert drop_local_rank(words) == ["+exp=lora_cpu", "data.system=--local_rank", "--local_addr=x", "--cfg", "job"]
 
 
 def test_the_config_can_be_shown(tmp_path: Path) -> None:

@@ -28,9 +28,7 @@ def texts(spec: str, folder: Path) -> list[str]:
 def write(path: Path, *prompts: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(json.dumps({"prompt": prompt, "response": "r"}) for prompt in prompts)
-    opened: Any = gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w")
-    with opened as file:
-        file.write(text)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def test_folder_glob_archive_and_list(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Finished, launch
+from tests.conftest import launch
 
 pytestmark = pytest.mark.launch
 

@@ -17,7 +17,8 @@ def chat(run: Path, config: Config, once: str | None, max_new_tokens: int) -> No
     """Answer one text, or a conversation from standard input until it ends; raises Refusal if the run left no model."""
     result = RunFolder(run, World()).result
     if not result.is_dir():
-        raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {RunFolder(run, World()).status().get('state', 'none')})")
+        state = RunFolder(run, World()).status().get("state", "none")
+        raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {state})")
     base = model_folder(config.model)
     tokenizer = load_tokenizer(base)
     renderer = renderer_for(tokenizer, config.data)

@@ -65,7 +65,8 @@ class Checkpoints:
         split = manifest["engine"] == "DeepSpeedEngine"
         if manifest["engine"] != now["engine"] or (split and manifest["world_size"] != now["world_size"]):
             raise Refusal(
-                f"{folder}: written by {manifest['world_size']} ranks of {manifest['engine']}, this is {now['world_size']} of {now['engine']} — "
+                f"{folder}: written by {manifest['world_size']} ranks of {manifest['engine']}, "
+                f"this is {now['world_size']} of {now['engine']} — "
                 "start with as many ranks as before, or as a run of its own (name=... or train.seed=...)"
             )
         self.engine.restore(folder)

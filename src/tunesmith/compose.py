@@ -141,7 +141,8 @@ def _mistakes_in_file(name: str, files: dict[str, None]) -> Iterator[str]:
             if str(option) in choices(group):
                 files[f"{group}/{option}"] = None
             else:
-                yield f"conf/{name}.yaml: {group}: {option}: no such option{_nearest(str(option), choices(group))} (valid: {', '.join(choices(group))})"
+                valid = choices(group)
+                yield f"conf/{name}.yaml: {group}: {option}: no such option{_nearest(str(option), valid)} (valid: {', '.join(valid)})"
     is_global = "/" not in name or name.startswith(("exp/", "local/"))
     prefix = "" if is_global else name.split("/")[0] + "."
     for key, value in _leaves(content):
@@ -186,7 +187,8 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
             wanted = "one of " + ", ".join(member.name for member in kind)
         else:
             wanted = getattr(kind, "__name__", str(kind))
-            wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list [a,b]"}.get(wanted, str(kind))
+            words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list [a,b]"}
+            wanted = words.get(wanted, str(kind))
         yield f"{where}: {key}: {value!r} is not {wanted}"
 
 

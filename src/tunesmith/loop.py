@@ -34,7 +34,15 @@ class Training:
 
     @classmethod
     def of(
-        cls, config: Config, plan: Plan, engine: Engine, dataset: Dataset, machine: Machine, sinks: Sinks, saves: Checkpoints, stop: StopSignal
+        cls,
+        config: Config,
+        plan: Plan,
+        engine: Engine,
+        dataset: Dataset,
+        machine: Machine,
+        sinks: Sinks,
+        saves: Checkpoints,
+        stop: StopSignal,
     ) -> Training:
         """Put the parts together: batches and the meter follow from the rest."""
         train, world = config.train, engine.world
@@ -83,7 +91,8 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         outcome = parts.engine.step(batches, work.targets, lr, parts.meter.phase)
     except FloatingPointError as error:
         places = ", ".join(parts.batches.examples[i].place for i in parts.batches.conversations(step)[:4])
-        raise FloatingPointError(f"step {step + 1}: {error}; conversations {places}, ... — a lower optim.lr or precision=fp32 may help") from None
+        advice = "a lower optim.lr or precision=fp32 may help"
+        raise FloatingPointError(f"step {step + 1}: {error}; conversations {places}, ... — {advice}") from None
     flops = step_flops(
         parts.plan.shape,
         parts.config.method,

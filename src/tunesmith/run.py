@@ -101,9 +101,11 @@ class RunFolder:
             self._lock = FileLock(str(self.path / "lock"), timeout=5)
             self._lock.acquire()  # the system frees it when the process dies, however it dies
         except Timeout:
-            raise Refusal(f"{self.path}: another process is at work on this very run — wait for it, or change name= or train.seed=") from None
+            advice = "wait for it, or change name= or train.seed="
+            raise Refusal(f"{self.path}: another process is at work on this very run — {advice}") from None
         except OSError as error:
-            raise Refusal(f"outputs={config.outputs}: cannot write there ({error.strerror}) — choose another folder with outputs=/path") from None
+            advice = "choose another folder with outputs=/path"
+            raise Refusal(f"outputs={config.outputs}: cannot write there ({error.strerror}) — {advice}") from None
         (self.path / "first_error.txt").unlink(missing_ok=True)
         known = self.status().get("data")
         if known and known != data_fingerprint and self.checkpoints.is_dir():
@@ -251,7 +253,8 @@ def before_after(evaluation: Mapping[str, Any]) -> str:
         if "/" in name:
             lines.append(f"{name:24}{_shown(before.get(name)):>10}{_shown(after.get(name)):>10}")
     for row in evaluation.get("samples", []):
-        lines += ["", f"  {row['prompt']}", f"    wanted {row['reference']}", f"    before {_one_line(row['before'])}", f"    after  {_one_line(row['after'])}"]
+        said = [f"    {name:7}{_one_line(row[key])}" for name, key in (("wanted", "reference"), ("before", "before"), ("after", "after"))]
+        lines += ["", f"  {row['prompt']}", *said]
     return "\n".join(lines)
 
 
@@ -286,7 +289,9 @@ def as_mapping(config: Config) -> dict[str, Any]:
 def plan_record(plan: Plan) -> dict[str, Any]:
     """The plan's simple values for plan.json."""
     simple = {
-        key: value for key, value in vars(plan).items() if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
+        key: value
+        for key, value in vars(plan).items()
+        if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
     }
     return {**simple, "memory": dict(plan.memory), "describe": describe(plan)}
 

@@ -141,9 +141,10 @@ def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
     if isinstance(found, Mistake):
         yield str(path), found
         return
+    escapes = "\\u" in text  # searched once: the text may have megabytes
     for index, record in enumerate(found):
         place = f"{path}#{index}"
-        yield place, _damage(record, place) or record if "\\u" in text else record
+        yield place, (_damage(record, place) or record) if escapes else record
 
 
 def _lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
@@ -198,7 +199,8 @@ def _damage(record: Any, place: str) -> Mistake | None:
 def _csv(path: Path, stream: IO[bytes]) -> Iterator[Found]:
     csv.field_size_limit(2**31 - 1)  # a conversation in one cell may be long
     # Bytes that are no UTF-8 become half characters, so that they are told by the row they stand in.
-    rows = csv.reader(TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=""))
+    wrapper = TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(wrapper)
     header: list[str] | None = None
     while True:
         place = f"{path}:{rows.line_num + 1}"
@@ -208,6 +210,7 @@ def _csv(path: Path, stream: IO[bytes]) -> Iterator[Found]:
             yield place, Mistake("nul" if "NUL" in str(error) else "broken_json", f"{place}: not CSV ({error})")
             continue
         if row is None:
+            wrapper.detach()  # the stream is its opener's to close
             return
         if damage := _damage(row, place):
             what = "NUL" if damage.kind == "nul" else "not UTF-8"

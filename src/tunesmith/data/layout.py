@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def _forest(conversations: Sequence[np.ndarray], least_shared: int) -> list[_Nod
 def _groups(members: list[int], depth: int, conversations: Sequence[np.ndarray], least: int) -> list[list[int]]:
     """Cut sorted conversations where neighbours share fewer than `least` tokens from `depth` on."""
     groups = [[members[0]]]
-    for before, now in zip(members, members[1:], strict=False):
+    for before, now in pairwise(members):
         if _common([conversations[before], conversations[now]], depth) >= least:
             groups[-1].append(now)
         else:

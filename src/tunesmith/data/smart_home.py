@@ -322,7 +322,7 @@ class _Speaker:
 
     def say(self, part: Expression) -> str:
         if isinstance(part, TextChunk):
-            return part.text
+            return str(part.text)
         if isinstance(part, RuleReference):
             return self.say(self.block.rules[part.rule_name].expression)
         if isinstance(part, ListReference):
@@ -426,7 +426,7 @@ def _properties(patterns: list[_Pattern]) -> dict[str, Any]:
 
 def _key(text: str) -> str:
     """Return what makes two texts the same: case and spacing do not tell them apart."""
-    return normalize_whitespace(text).strip().casefold()
+    return str(normalize_whitespace(text)).strip().casefold()
 
 
 def _group(sentence: Sentence) -> Group:

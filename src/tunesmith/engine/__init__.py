@@ -129,6 +129,7 @@ class Engine(ABC):
         dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    @abstractmethod
     def close(self) -> None:
         """Free what the run holds. The process group stays for a next run in this process (Hydra's -m)."""
 

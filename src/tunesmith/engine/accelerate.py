@@ -2,12 +2,11 @@
 
 # No `from __future__ import annotations` here: DDP compares the annotations of a communication hook with real types.
 import os
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +69,7 @@ class AccelerateEngine(Engine):
         start = perf_counter()
         future = dist.all_reduce(bucket.buffer().div_(self.world.size), async_op=True).get_future()
         if self.device.type == "cuda" or not bucket.is_last():
-            return future.then(lambda done: done.value()[0])
+            return cast(torch.futures.Future[torch.Tensor], future.then(lambda done: done.value()[0]))
         # On a CPU what remains after the last bucket is what backward waits for; earlier buckets travel behind compute.
         value = future.wait()[0]
         self._waited_s += perf_counter() - start

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
     from tunesmith.data.templates import Tokenizer
 
-__all__ = ["TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter", "save_model", "stream"]
+__all__ = [
+    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter",
+    "save_model", "stream",
+]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
 DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16: torch.bfloat16}
@@ -130,9 +133,11 @@ def _load(folder: Path, config: Config, device: torch.device, implementation: st
     except (OSError, ValueError, ImportError) as error:
         raise Refusal(f"model.path={folder}: cannot be loaded — {str(error).splitlines()[0]}") from error
     window = getattr(model.config, "sliding_window", None)
-    if window and "sliding_attention" in (getattr(model.config, "layer_types", None) or ["sliding_attention"]) and config.data.max_tokens > window:
+    kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"]
+    longest = config.data.max_tokens
+    if window and "sliding_attention" in kinds and longest > window:
         # Within the window sliding attention is causal attention; beyond it, ours would see too much.
-        raise Refusal(f"data.max_tokens={config.data.max_tokens}: this model attends to the last {window} tokens only — data.max_tokens={window}")
+        raise Refusal(f"data.max_tokens={longest}: this model attends to the last {window} tokens only — data.max_tokens={window}")
     return model
 
 

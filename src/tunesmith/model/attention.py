@@ -86,8 +86,8 @@ def ragged_attention(
     for box in ragged:
         box_q, box_k, box_v = (_fill(x[box.start : box.stop], box) for x in (q, k, v))
         if box.context:
-            before = [torch.cat([x[a:b] for a, b in box.context])[None].transpose(1, 2) for x in (k, v)]
-            out = _with_context(box_q, box_k, box_v, *before, scaling, dropout)
+            ck, cv = (torch.cat([x[a:b] for a, b in box.context])[None].transpose(1, 2) for x in (k, v))
+            out = _with_context(box_q, box_k, box_v, ck, cv, scaling, dropout)
         else:
             out = F.scaled_dot_product_attention(
                 box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
@@ -110,7 +110,7 @@ def _with_context(
 ) -> torch.Tensor:
     """Rows of queries [rows, heads, n, d] over one context [1, kv heads, c, d] and, causally, their own keys."""
     if q.device.type == "cpu" and not dropout:
-        return cast(torch.Tensor, _MergedAttention.apply(q, k, v, ck, cv, scale))
+        return cast(torch.Tensor, _MergedAttention.apply(q, k, v, ck, cv, scale))  # type: ignore[no-untyped-call]  # torch's
     # Elsewhere the context is repeated for each row, with a mask of n x (c + n) for all rows together.
     rows, n, c = q.shape[0], q.shape[2], ck.shape[2]
     mask = torch.ones(n, c + n, dtype=torch.bool, device=q.device).tril(c)
@@ -133,14 +133,16 @@ class _MergedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
         rows, heads, n, d = q.shape
         outer, outer_sum = _forward(_one_row(q), ck, cv, scale=scale)
         own, own_sum = _forward(q, k, v, 0.0, True, scale=scale)
         outer = outer.view(heads, rows, n, d).transpose(0, 1)
         outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
         total = torch.logaddexp(outer_sum, own_sum)
-        out = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
+        out: torch.Tensor = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, ck, cv, out, total)
         ctx.scale = scale

