@@ -143,6 +143,18 @@ def test_cut_keeps_system_newest_turns_and_stop_token(long_config: Config, tiny_
     assert len(load(long_config, tokenizer).train[1].ids) == len(example.ids)
 
 
+def test_cut_that_leaves_no_target_is_left_out(long_config: Config, tiny_model: Path, tmp_path: Path) -> None:
+    dialogue = long_dialogue(9)
+    dialogue["conversations"][2]["loss"] = True
+    for turn in dialogue["conversations"][4::2]:
+        turn["loss"] = False
+    (tmp_path / "train.json").write_text(json.dumps([long_dialogue(1), dialogue]))
+    long_config.data.overlong = Overlong.cut
+    dataset = load(long_config, load_tokenizer(tiny_model))
+    assert len(dataset.train) == 1
+    assert "1 are left out" in dataset.notes[0]
+
+
 def test_nothing_left_is_refused(long_config: Config, tiny_model: Path) -> None:
     long_config.data.overlong, long_config.data.max_tokens = Overlong.drop, 5
     with pytest.raises(Refusal, match="no training conversation is short enough"):

@@ -148,8 +148,10 @@ def _fitting(conversation: Conversation, renderer: Renderer, data: Data) -> Conv
         starts += [index for index, turn in enumerate(others) if index and turn.role == "user"]
     for start in starts:
         rest = replace(conversation, turns=(*system, *others[start:])) if start else conversation
-        if sum(len(piece.ids) for piece in renderer.render(rest)) <= data.max_tokens:
-            return rest
+        pieces = renderer.render(rest)
+        if sum(len(piece.ids) for piece in pieces) <= data.max_tokens:
+            # What is left of a cut conversation may hold no target any more; then it teaches nothing.
+            return rest if not start or any(piece.target for piece in pieces) else None
     return None
 
 
