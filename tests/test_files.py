@@ -157,5 +157,8 @@ def test_cut_that_leaves_no_target_is_left_out(long_config: Config, tiny_model: 
 
 def test_nothing_left_is_refused(long_config: Config, tiny_model: Path) -> None:
     long_config.data.overlong, long_config.data.max_tokens = Overlong.drop, 5
-    with pytest.raises(Refusal, match="no training conversation is short enough"):
+    long_config.data.dev = "train.json"
+    with pytest.raises(Refusal) as refused:
         load(long_config, load_tokenizer(tiny_model))
+    lines = str(refused.value).splitlines()
+    assert [line.split("no conversation of ")[1].split(" ")[0] for line in lines] == ["data.train", "data.dev"]

@@ -110,8 +110,11 @@ def load(config: Config, tokenizer: Tokenizer) -> Dataset:
     rendered = {part: [_example(conversation, renderer) for conversation in found] for part, found in parts.items()}
     for part, examples in rendered.items():
         problems += _unusable(part, examples, config.data.max_tokens)
-    if not parts["train"]:
-        problems.append(f"data.max_tokens={config.data.max_tokens}: no training conversation is short enough — a larger data.max_tokens")
+    problems += [
+        f"data.max_tokens={config.data.max_tokens}: no conversation of data.{part} is short enough — a larger data.max_tokens"
+        for part, conversations in parts.items()
+        if getattr(config.data, part) and not conversations
+    ]
     if problems:
         raise Refusal("\n".join(problems))
     questions = [question for conversation in parts["test"] if (question := _question(conversation, renderer))]
