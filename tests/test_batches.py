@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tunesmith.config import Batching
 from tunesmith.data.batches import Batches, held_out_batches
-from tunesmith.data.layout import LEAST_SHARED, Example, MicroBatch, lay_out, segment_sizes
+from tunesmith.data.layout import LEAST_SHARED, Example, MicroBatch, lay_out, sizes
 
 # A busy machine is no failure.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -244,7 +244,7 @@ def test_a_common_beginning_is_laid_once() -> None:
         (4, 5, ((0, 4),)),
         (5, 6, ((0, 4),)),
     ]
-    found = zip(batch.predicting.tolist(), batch.labels.tolist(), batch.counts.tolist(), strict=True)
+    found = zip(places(batch), batch.labels.tolist(), batch.counts.tolist(), strict=True)
     assert sorted(found) == [(1, 2, 2.0), (3, 6, 1.0), (4, 5, 1.0), (5, 7, 2.0)]
     assert (batch.real_tokens, batch.target_count) == (6, 6)
     assert lay_out(examples, Batching.ragged).lengths == (5, 5, 5), f"fewer than {LEAST_SHARED} common tokens are not worth a segment"
@@ -270,10 +270,16 @@ def test_counts_of_an_example() -> None:
     assert [(example.target_count, example.computed) for example in (SHORT, LONG, FIRST)] == [(1, 2), (3, 4), (1, 1)]
 
 
+def places(batch: MicroBatch) -> list[int]:
+    """The position that predicts each target."""
+    found = batch.predicting if batch.rows is None else batch.predicting[batch.rows]
+    return found.tolist()
+
+
 def predictions(batch: MicroBatch) -> Counter[tuple[tuple[int, ...], int]]:
     """(what the model has read, what it is to say) of each target and how often it counts, from a laid-out batch alone."""
     found: Counter[tuple[tuple[int, ...], int]] = Counter()
-    for place, label, count in zip(batch.predicting.tolist(), batch.labels.tolist(), batch.counts.tolist(), strict=True):
+    for place, label, count in zip(places(batch), batch.labels.tolist(), batch.counts.tolist(), strict=True):
         (segment,) = (segment for segment in batch.segments if segment.start <= place < segment.stop)
         read = [token for start, stop in (*segment.context, (segment.start, place + 1)) for token in batch.ids[start:stop].tolist()]
         assert batch.positions[place] == len(read) - 1
@@ -312,8 +318,9 @@ def test_nothing_is_computed_twice(texts: list[list[int]], least: int) -> None:
     assert len(lay_out(examples, Batching.ragged, least_shared=1).ids) == len(beginnings)
     batch = lay_out(examples, Batching.ragged, least_shared=least)
     assert len(batch.ids) >= len(beginnings)
-    sizes = segment_sizes([example.ids[: example.computed] for example in examples], least)
-    assert sizes == [(segment.length, segment.context_length) for segment in batch.segments]
+    found, positions = sizes(examples, least)
+    assert found == [(segment.length, segment.context_length) for segment in batch.segments]
+    assert positions == len(batch.predicting) == len(set(batch.predicting.tolist())), "a position's logits are computed once"
     assert predictions(batch) == Counter((tuple(text[:-1]), text[-1]) for text in texts)
 
 

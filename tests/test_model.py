@@ -235,6 +235,7 @@ def test_shared_beginnings_equal_separate_computation(tmp_path: Path) -> None:
     separate = lay_out(conversations, Batching.ragged, least_shared=10**6)
     assert len(shared.ids) < 0.6 * len(separate.ids)
     assert max(segment.context_length for segment in shared.segments) >= 59, "no second level in the tree"
+    assert shared.rows is not None, "no position with two next tokens"
     assert shared.target_count == separate.target_count == sum(example.target_count for example in conversations)
 
     def gradients(batch: MicroBatch) -> tuple[float, list[torch.Tensor]]:
@@ -274,3 +275,26 @@ def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor,
     mask = torch.ones(q.shape[2], ck.shape[2] + q.shape[2], dtype=torch.bool).tril(ck.shape[2])
     keys, values = (torch.cat([x.expand(q.shape[0], -1, -1, -1), own], 2) for x, own in ((ck, k), (cv, v)))
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def test_gradients_are_the_same_bits_with_two_threads(tmp_path: Path) -> None:
+    """Also where a position has several next tokens, whose gradients are added up."""
+    sizes = {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    module = build_model(config_for(tmp_path, kind=MethodKind.full), tmp_path, CPU)
+    begin = list(range(20))
+    targets = np.array([False] * 20 + [True] * 2)
+    ends = [np.array([*begin, 100 + n, 1], np.int32) for n in range(600)]
+    batch = lay_out([Example(ids, targets, "made up") for ids in ends], Batching.ragged)
+    assert batch.rows is not None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = set()
+        for _ in range(12):
+            module.zero_grad()
+            module(batch).backward()
+            found.add(b"".join(p.grad.numpy().tobytes() for p in module.parameters() if p.grad is not None))
+        assert len(found) == 1
+    finally:
+        torch.set_num_threads(threads)

@@ -130,3 +130,22 @@ def test_chat_without_a_model_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "tunesmith.cli", "chat", str(tmp_path)], capture_output=True, text=True, env=environment())
     assert done.returncode == 2
     assert "not a run folder" in done.stderr
+
+
+@pytest.mark.launch
+def test_one_process_is_no_world_of_one(overrides: list[str]) -> None:
+    """Accelerate takes a process with a LOCAL_RANK for a world: it would wrap the model in DDP and set torch's threads anew."""
+    code = (
+        "import sys, torch; sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "from tunesmith import loop\n"
+        "real = loop.train\n"
+        "def train(parts, done):\n"
+        "    print('seen', type(parts.engine.module).__name__, torch.get_num_threads())\n"
+        "    return real(parts, done)\n"
+        "loop.train = train\n"
+        "import runpy; runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    words = [*overrides, "engine=accelerate", *QUIET, "hardware.threads=1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "seen TargetLoss 1" in done.stdout

@@ -97,7 +97,7 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         parts.plan.shape,
         parts.config.method,
         work.lengths,
-        work.targets,
+        work.logits,
         padded_to=work.padded_lengths,
         contexts=work.contexts,
         checkpointing=parts.config.engine.checkpointing,

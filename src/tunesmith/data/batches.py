@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.config import Batching
-from tunesmith.data.layout import Example, MicroBatch, lay_out, segment_sizes
+from tunesmith.data.layout import LEAST_SHARED, NOTHING_SHARED, Example, MicroBatch, lay_out, sizes
 
 __all__ = ["Batches", "Example", "MicroBatch", "StepWork", "held_out_batches", "lay_out"]
 
@@ -28,6 +28,8 @@ class StepWork:
     """What each segment fills, padding included."""
     targets: int
     """Target tokens of the whole step: what the loss is divided by."""
+    logits: int
+    """Positions whose logits are computed: fewer than targets where conversations share some."""
 
 
 class Batches:
@@ -81,24 +83,24 @@ class Batches:
     def work(self, step: int, world_size: int) -> StepWork:
         """Lengths and counts of the step over all ranks."""
         chosen = self.conversations(step)
-        lengths, contexts, padded = [], [], []
+        lengths, contexts, filled = [], [], []
+        logits = 0
+        is_padded = self.batching is Batching.padded
         for part in (part for parts in self.split(step, world_size) for part in parts if part):
-            tokens = [self.examples[i].computed for i in part]
-            if self.batching is Batching.padded:
-                sizes = [(count, 0) for count in tokens]
-                padded += [max(tokens)] * len(part)
-            else:
-                sizes = segment_sizes([self.examples[i].ids[: self.examples[i].computed] for i in part])
-                padded += [length for length, _ in sizes]
-            lengths += [length for length, _ in sizes]
-            contexts += [context for _, context in sizes]
+            found, positions = sizes([self.examples[i] for i in part], NOTHING_SHARED if is_padded else LEAST_SHARED)
+            longest = max(length for length, _ in found)
+            lengths += [length for length, _ in found]
+            contexts += [context for _, context in found]
+            filled += [longest if is_padded else length for length, _ in found]
+            logits += positions
         return StepWork(
             len(chosen),
             sum(self.examples[i].computed for i in chosen),
             tuple(lengths),
             tuple(contexts),
-            tuple(padded),
+            tuple(filled),
             sum(self.examples[i].target_count for i in chosen),
+            logits,
         )
 
 

@@ -19,6 +19,8 @@ from tunesmith.config import Batching
 
 LEAST_SHARED = 16
 """Fewest common tokens that are split off as a segment of their own: fewer are not worth the extra kernel calls."""
+NOTHING_SHARED = 2**31
+"""More common tokens than any conversations have."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class MicroBatch:
     segments: tuple[Segment, ...]
     """Padding included; they follow each other and add up to len(ids)."""
     predicting: torch.Tensor
-    """Indices into ids whose next token is a target, int64 [targets]."""
+    """Indices into ids whose next token is a target, each once, int64 [positions]."""
+    rows: torch.Tensor | None
+    """For each target its place in `predicting`, int64 [targets]; None where every position has one target."""
     labels: torch.Tensor
     """The target tokens, int64 [targets]."""
     counts: torch.Tensor
@@ -119,11 +123,13 @@ def lay_out(
         pairs.append(np.stack([place[before], example.ids[before + 1].astype(np.int64)], axis=1))
     # A target in a common beginning is one position with one label, counted as often as it occurs.
     unique, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
+    predicting, rows = np.unique(unique[:, 0], return_inverse=True)
     return MicroBatch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         segments=tuple(segments),
-        predicting=torch.from_numpy(np.ascontiguousarray(unique[:, 0])),
+        predicting=torch.from_numpy(predicting),
+        rows=torch.from_numpy(rows) if len(predicting) < len(rows) else None,
         labels=torch.from_numpy(np.ascontiguousarray(unique[:, 1])),
         counts=torch.from_numpy(counts.astype(np.float32)),
         real_tokens=len(ids) if batching is not Batching.padded else sum(example.computed for example in examples),
@@ -131,10 +137,15 @@ def lay_out(
     )
 
 
-def segment_sizes(conversations: Sequence[np.ndarray], least_shared: int = LEAST_SHARED) -> list[tuple[int, int]]:
-    """(tokens, tokens of context) of each segment that these conversations would be laid out as."""
-    nodes = _forest(conversations, least_shared)
-    return [(node.stop - node.start, node.start) for node in nodes]
+def sizes(examples: Sequence[Example], least_shared: int = LEAST_SHARED) -> tuple[list[tuple[int, int]], int]:
+    """What these conversations would be laid out as: (tokens, tokens of context) of each segment, and how many positions
+    have a target, each once."""
+    nodes = _forest([example.ids[: example.computed] for example in examples], least_shared)
+    positions = 0
+    for node in nodes:
+        flags = [examples[member].targets[node.start + 1 : node.stop + 1] for member in node.members]
+        positions += int(np.logical_or.reduce(flags).sum())
+    return [(node.stop - node.start, node.start) for node in nodes], positions
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def device_for(world: World, config: Config) -> torch.device:
 def join(config: Config, world: World, device: torch.device, threads: int) -> None:
     """Meet the other ranks. Everything slow (data, conversion) is done before, so nobody waits for work here."""
     torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, Accelerate sets torch's threads anew
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():

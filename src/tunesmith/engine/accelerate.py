@@ -27,6 +27,8 @@ class AccelerateEngine(Engine):
         self.clip = config.optim.clip
         compute = config.precision.compute
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is the config's choice, not `accelerate launch`'s
+        if world.size == 1:
+            os.environ.pop("LOCAL_RANK", None)  # with it Accelerate takes one process for a world and wraps the model in DDP
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if compute is Compute.fp32 else compute.value
         )

@@ -51,6 +51,10 @@ class TargetLoss(nn.Module):
             ragged=attention.rectangles(batch.segments, device),
             use_cache=False,
         ).logits[0]
+        if batch.rows is not None:
+            # Where a common beginning parts, one position has several next tokens. index_select adds up their gradients in a
+            # fixed order; an index that names a position twice would let the threads decide, and runs would differ in bits.
+            logits = logits.index_select(0, batch.rows.to(device))
         losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
         loss = losses @ batch.counts.to(device)
         return loss if batch.weight else loss * 0.0
