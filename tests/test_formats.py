@@ -105,10 +105,10 @@ every_twin = pytest.mark.parametrize(("form", "record", "twin"), TWINS.values(),
 
 @every_twin
 def test_a_record_is_the_same_conversation_as_its_chatglm3_twin(form: DataFormat, record: dict[str, Any], twin: dict[str, Any]) -> None:
-    expected = parse_conversation(twin, "f#0", DataFormat.chatglm3)
+    expected = parse_conversation(twin, "f#0", Data(format=DataFormat.chatglm3))
     assert detect(record) is form
     assert parse_conversation(record, "f#0") == expected
-    assert parse_conversation(record, "f#0", form) == expected, "named, not detected"
+    assert parse_conversation(record, "f#0", Data(format=form)) == expected, "named, not detected"
     filled = {**dict.fromkeys(("conversations", "messages", "instruction", "output", "prompt", "response", "completion", "text")), **record}
     assert parse_conversation(filled, "f#0") == expected, "what a table fills with null is as absent"
 
@@ -205,7 +205,7 @@ def test_a_mistake_is_told_with_its_place_and_turn(record: dict[str, Any], kind:
 @pytest.mark.parametrize("record", [{}, {"conversations": None}, {"conversations": 5}, {"messages": {}}, {"prompt": {}}, {"history": 1}])
 def test_whatever_is_named_a_format_it_is_refused_not_a_crash(form: DataFormat, record: dict[str, Any]) -> None:
     with pytest.raises(Mistake, match=r"^f#0"):
-        parse_conversation(record, "f#0", form)
+        parse_conversation(record, "f#0", Data(format=form))
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ HOMES = {
     "deepspeed": {"engine"},
     "accelerate": {"engine"},
     "wandb": {"metrics"},
-    "rich": {"metrics"},
+    "rich": {"metrics", "data", "report"},  # whoever talks to a terminal
     "peft": {"model"},
     "bitsandbytes": {"model"},
     "transformers": {"model"},

@@ -47,13 +47,6 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
-class Template(Enum):
-    auto = "auto"
-    chatml = "chatml"
-    llama3 = "llama3"
-    chatglm3 = "chatglm3"
-
-
 class DataFormat(Enum):
     auto = "auto"
     chatglm3 = "chatglm3"
@@ -73,6 +66,21 @@ class Overlong(Enum):
 class Batching(Enum):
     ragged = "ragged"
     padded = "padded"
+    length_grouped = "length_grouped"
+    packed = "packed"
+
+
+class Policy(Enum):
+    fail = "fail"
+    skip = "skip"
+    keep = "keep"
+
+
+class Compat(Enum):
+    tunesmith = "tunesmith"
+    readme = "readme"
+    preprocess = "preprocess"
+    script = "script"
 
 
 class Prepare(Enum):
@@ -145,6 +153,45 @@ class Engine:
 
 
 @dataclass
+class Check:
+    """What becomes of a conversation with a mistake, by its kind: fail names all of them and starts nothing; skip leaves it
+    out; keep takes it as it is. What is skipped or kept is counted and printed."""
+
+    broken_json: Policy = Policy.fail
+    """A line that is no JSON, an archive that breaks off, a row with too many cells. Can't be kept."""
+    not_utf8: Policy = Policy.fail
+    """Bytes or escapes that are no characters. Can't be kept."""
+    nul: Policy = Policy.fail
+    """The character NUL: a damaged file, or UTF-16. Can't be kept."""
+    malformed: Policy = Policy.fail
+    """Not of any known form: a key is missing or of another type. Can't be kept."""
+    unknown_role: Policy = Policy.fail
+    """A turn of a role that is none of the known ones. Can't be kept."""
+    loss_not_boolean: Policy = Policy.fail
+    """A turn's loss that is neither true nor false. Can't be kept."""
+    tool_without_name: Policy = Policy.fail
+    """A tool turn that does not say which tool is called. Can't be kept."""
+    empty_content: Policy = Policy.fail
+    """A turn that says nothing."""
+    user_after_user: Policy = Policy.fail
+    """Two user turns in a row."""
+    observation_without_call: Policy = Policy.fail
+    """A tool's answer that nobody asked for."""
+    no_target: Policy = Policy.fail
+    """A conversation of which nothing would be learned. Can't be kept."""
+    stop_not_trained: Policy = Policy.fail
+    """A learned answer whose stop token is not a target: a model tuned on such answers does not stop."""
+    duplicate: Policy = Policy.keep
+    """A conversation that an earlier one of the same part equals, token by token."""
+    leak: Policy = Policy.fail
+    """A training conversation that is also in data.dev or data.test: the numbers would be too good. skip takes it out of training."""
+    overlap: Policy = Policy.keep
+    """A training conversation that shares at least half of its runs of 13 tokens with data.dev or data.test."""
+    damaged_text: Policy = Policy.keep
+    """The replacement character U+FFFD in a text: its encoding was broken before."""
+
+
+@dataclass
 class Data:
     folder: str = "data"
     """Folder that relative file names below are looked up in."""
@@ -166,8 +213,12 @@ class Data:
     """Conversations that prepare writes for the held-out loss."""
     prepare_test: int = 400
     """Conversations that prepare writes for testing."""
-    template: Template = Template.auto
-    """How a conversation becomes text; auto: by the model's own special tokens."""
+    template: str = "auto"
+    """How a conversation becomes text: own (the model's own chat template), chatml, llama3, chatglm3, or a Jinja file; auto: chatglm3
+    by the tokenizer's special tokens, else own where there is one, else by special tokens."""
+    compat: Compat = Compat.tunesmith
+    """Which turns are learned where ChatGLM3's own sources disagree: tunesmith, or as its readme, its first preprocess code or its
+    last script have it (docs/data.md)."""
     tools: ToolPrompt = ToolPrompt.full
     """full puts the tool schemas into the prompt; omit leaves them out (a model tuned on one fixed tool set learns them)."""
     system: str = ""
@@ -176,8 +227,16 @@ class Data:
     """Longest conversation, in tokens."""
     overlong: Overlong = Overlong.error
     """What becomes of a longer one: error names it; drop leaves it out; cut takes whole turns from its front. Both are counted."""
+    check: Check = field(default_factory=Check)
     batching: Batching = Batching.ragged
-    """ragged lays conversations end to end without padding; padded is the rectangle, for comparison."""
+    """ragged lays conversations end to end without padding. For comparison: padded fills up to the longest of a micro-batch,
+    length_grouped does so with conversations of like length together, packed fills rows of max_tokens. The losses are the same."""
+    streaming: bool = False
+    """Keep no tokens on disk: each conversation is rendered from its .jsonl line when its step comes."""
+    cache: str = ""
+    """Folder of prepared tokens; empty: $TUNESMITH_CACHE, else the user's cache folder."""
+    workers: int = 0
+    """Processes that prepare large files; 0: one a core."""
 
 
 @dataclass
@@ -187,7 +246,9 @@ class Train:
     steps: int = 0
     """Optimizer updates; 0: as many as epochs asks for."""
     conversations_per_step: int = 16
-    """Conversations in one optimizer update, over all ranks and accumulation. The setting; the next one is a consequence."""
+    """Conversations in one optimizer update, over all ranks and accumulation. The setting; micro_batch is a consequence."""
+    tokens_per_step: int = 0
+    """Tokens in one optimizer update instead of conversations, about: an epoch is cut where a step is nearest to it. 0: by conversations."""
     micro_batch: int = 0
     """Conversations in one forward on one rank; 0: chosen by the plan."""
     seed: int = 0
@@ -294,6 +355,9 @@ class Config:
 NOT_IN_RUN_ID = (
     "outputs",
     "engine.timeout_s",
+    "data.cache",
+    "data.workers",
+    "data.streaming",
     "train.save_every",
     "train.keep",
     "train.eval_every",

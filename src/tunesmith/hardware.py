@@ -349,8 +349,15 @@ def _peak_key(name: str, dtype: str, threads: int) -> str:
     return f"{name} | {dtype} | {threads} threads | torch {torch_version}"
 
 
+def cache_folder() -> Path:
+    """Where converted models, prepared tokens and measured peaks are kept: $TUNESMITH_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("TUNESMITH_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
+
+
 def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "peaks.json"
+    return cache_folder() / "peaks.json"
 
 
 def _cached_peaks() -> dict[str, float]:

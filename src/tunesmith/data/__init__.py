@@ -97,7 +97,7 @@ def load(config: Config, tokenizer: Tokenizer) -> Dataset:
     for part in parts:
         if spec := getattr(config.data, part):
             try:
-                parts[part] = read_conversations(spec, f"data.{part}", config.data.format, Path(config.data.folder))
+                parts[part] = read_conversations(spec, f"data.{part}", config.data, Path(config.data.folder))
             except Refusal as refusal:
                 problems.append(str(refusal))
     if problems:

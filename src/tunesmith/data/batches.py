@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.config import Batching
-from tunesmith.data.layout import LEAST_SHARED, NOTHING_SHARED, Example, MicroBatch, lay_out, sizes
+from tunesmith.data.examples import Example
+from tunesmith.data.layout import LEAST_SHARED, NOTHING_SHARED, MicroBatch, lay_out, sizes
 
 __all__ = ["Batches", "Example", "MicroBatch", "StepWork", "held_out_batches", "lay_out"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import DataFormat, Refusal
+from tunesmith.config import Compat, Data, Policy, Refusal
 from tunesmith.data.files import Mistake, sources
 from tunesmith.data.formats import as_conversation
 
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def read_conversations(
-    spec: str | Path, setting: str, chosen: DataFormat = DataFormat.auto, folder: Path = Path()
+    spec: str | Path, setting: str, data: Data | None = None, folder: Path = Path()
 ) -> list[Conversation]:
     """All conversations that a spec names (see files.py), each as often as its weight says.
 
@@ -59,7 +59,7 @@ def read_conversations(
             found: list[Conversation] = []
             for place, record in source.records():
                 try:
-                    found.append(parse_conversation(record, place, chosen))
+                    found.append(parse_conversation(record, place, data))
                 except Mistake as mistake:
                     mistakes.append(str(mistake))
             conversations += weighted(found, source.weight)
@@ -86,13 +86,17 @@ def shown(mistakes: list[str]) -> str:
     return "\n".join([*mistakes[:SHOWN_MISTAKES], *more])
 
 
-def parse_conversation(record: Any, place: str, chosen: DataFormat = DataFormat.auto) -> Conversation:
-    """Check one record and expand it into turns; raises Mistake (a ValueError) with place, turn and what to do."""
+def parse_conversation(record: Any, place: str, data: Data | None = None, doubts: list[Mistake] | None = None) -> Conversation:
+    """Check one record and expand it into turns; raises Mistake (a ValueError) with place, turn and what to do.
+
+    Mistakes that data.check keeps are not raised but added to `doubts`.
+    """
+    data = data or Data()
     if isinstance(record, Mistake):  # what could not even be read
         raise record
     if not isinstance(record, dict):
         raise Mistake("malformed", f"{place}: a conversation is a JSON object, this is {_kind(record)}")
-    record, first = as_conversation(record, chosen, place)
+    record, first = as_conversation(record, data.format, place)
     messages = record.get("conversations", record.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise Mistake(
@@ -101,12 +105,18 @@ def parse_conversation(record: Any, place: str, chosen: DataFormat = DataFormat.
         )
     turns: list[Turn] = []
     for number, message in enumerate(messages, first):
-        turns.extend(_turns(message, f"{place} turn {number}", turns))
+        turns.extend(_turns(message, f"{place} turn {number}", turns, data, [] if doubts is None else doubts))
     metadata = record.get("metadata")
     return Conversation(tuple(turns), record.get("tools"), metadata if isinstance(metadata, dict) else {}, place)
 
 
-def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
+def _turns(message: Any, where: str, before: list[Turn], data: Data, doubts: list[Mistake]) -> Iterator[Turn]:
+    def doubt(kind: str, text: str) -> None:
+        mistake = Mistake(kind, f"{where}: {text}")
+        if getattr(data.check, kind) is not Policy.keep:
+            raise mistake
+        doubts.append(mistake)
+
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
         raise Mistake("unknown_role", f"{where}: role {role!r} is unknown — one of {', '.join(ROLES)}")
@@ -124,7 +134,7 @@ def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
             raise Mistake("tool_without_name", f"{where}: a tool turn's name is {name!r} — the tool's name as text")
         if not isinstance(parameters, dict):
             raise Mistake("malformed", f"{where}: parameters are {_kind(parameters)} — a JSON object of name and value")
-        yield Turn("assistant", call=Call(name, parameters), loss=loss is not False)
+        yield Turn("assistant", call=Call(name, parameters), loss=_learned("assistant", loss, data.compat))
         if "observation" in message:
             yield Turn("observation", _text(message["observation"]))
         return
@@ -137,22 +147,36 @@ def _turns(message: Any, where: str, before: list[Turn]) -> Iterator[Turn]:
         if role != "assistant" or not isinstance(calls, list):
             raise Mistake("malformed", f"{where}: tool_calls are {_kind(calls)} in the {role} turn — a list, in an assistant turn")
         if content:  # what was said before calling
-            yield Turn("assistant", content, loss=loss is not False)
-        yield from (Turn("assistant", call=_openai_call(call, where), loss=loss is not False) for call in calls)
+            yield Turn("assistant", content, loss=_learned("assistant", loss, data.compat))
+        for call in calls:
+            yield Turn("assistant", call=_openai_call(call, where), loss=_learned("assistant", loss, data.compat))
         return
     if content is None or content == "":
         if message["role"] == "tool":
             raise Mistake("tool_without_name", f"{where}: the {role} turn has no content and no `name` — name the tool that is called")
-        raise Mistake("empty_content", f"{where}: the {role} turn has no content — give it some, or take the turn out")
+        doubt("empty_content", f"the {role} turn has no content — give it some, or take the turn out")
+        content = ""
+    if isinstance(content, str) and "\ufffd" in content:
+        doubt("damaged_text", f"the {role} turn has the character U+FFFD where an encoding broke — restore the text from its source")
     if role == "user" and last == "user":
-        raise Mistake("user_after_user", f"{where}: two user turns in a row — join them, or put the answer between them")
+        doubt("user_after_user", "two user turns in a row — join them, or put the answer between them")
     if role == "observation" and (last not in ("assistant", "observation")):
-        raise Mistake("observation_without_call", f"{where}: an observation without a call before it — put the call before it")
+        doubt("observation_without_call", "an observation without a call before it — put the call before it")
     if role == "system" and any(turn.role == "user" for turn in before):
         raise Mistake("malformed", f"{where}: a system turn after the first user turn — put it first")
-    # Observations are not trained by default: learning to invent a tool's result is never wanted. `loss: true` asks for it.
-    trained = role in ("assistant", "text") if loss is None else loss
-    yield Turn(role, _text(content), loss=trained)
+    yield Turn(role, _text(content), loss=_learned(role, loss, data.compat, native=message["role"] == role))
+
+
+def _learned(role: str, loss: bool | None, compat: Compat, native: bool = True) -> bool:
+    """Whether a turn is learned, by its flag (None: absent) and the chosen rule; native: not OpenAI's answer of a tool."""
+    if compat is Compat.script:  # never read the flag
+        return role in ("assistant", "text") or (role == "observation" and native)
+    if compat is Compat.preprocess and role in ("user", "system"):
+        return False
+    if loss is not None:
+        return loss
+    # Learning to invent a tool's result is never wanted, whatever the README says: `loss: true` asks for it, or data.compat.
+    return role in ("assistant", "text") or (role == "observation" and native and compat is not Compat.tunesmith)
 
 
 def _openai_call(call: Any, where: str) -> Call:

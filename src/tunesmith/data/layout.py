@@ -9,39 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from tunesmith.config import Batching
+from tunesmith.data.examples import Example
 
 LEAST_SHARED = 16
 """Fewest common tokens that are split off as a segment of their own: fewer are not worth the extra kernel calls."""
 NOTHING_SHARED = 2**31
 """More common tokens than any conversations have."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A rendered conversation."""
-
-    ids: np.ndarray
-    """Token ids, int32 [tokens]."""
-    targets: np.ndarray
-    """True where the token is to be predicted from those before it, bool [tokens]."""
-    place: str
-    """Where it was read: file:line or file#index."""
-
-    @cached_property
-    def target_count(self) -> int:
-        return int(self.targets[1:].sum())  # nothing predicts the first token
-
-    @cached_property
-    def computed(self) -> int:
-        """Tokens that go through the model: those after the one that predicts the last target change no weight."""
-        return int(np.flatnonzero(self.targets[1:])[-1]) + 1
 
 
 @dataclass(frozen=True)

