@@ -9,9 +9,7 @@ import base64
 import gzip
 import json
 import math
-import os
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -19,10 +17,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeGuard
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from tunesmith.metrics import read_metrics
+from tunesmith.report.pages import number, write_page
 
 Row = dict[str, Any]
 
@@ -61,20 +59,9 @@ DEFINITIONS = {
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, whole or not at all, and return its path; a file the run lacks leaves out its part."""
-    here = FileSystemLoader(Path(__file__).parent)
-    pages = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters["num"] = number
-    page = pages.get_template("report.html.j2").render(describe_run(run))
-    handle, temporary = tempfile.mkstemp(dir=run, prefix=".report.", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the page from the rest of the group
-        os.replace(temporary, run / "report.html")
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return run / "report.html"
+    page = run / "report.html"
+    write_page(page, "report.html.j2", describe_run(run))
+    return page
 
 
 def describe_run(run: Path) -> dict[str, Any]:
@@ -197,19 +184,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def number(value: Any) -> str:
-    """For a person to read: three digits, thousands apart, a dash for what is not there."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(number, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 100 <= abs(value) < math.inf else f"{value:#.3g}".rstrip(".").replace("-", "−", 1)
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
