@@ -89,14 +89,17 @@ class GlmTokenizer:
         return found
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of token ids; each run between special tokens loses the blank that encoding put before it."""
+        """The text of token ids, without the blank that encoding put first."""
         texts: list[str] = []
-        for plain, run in groupby(map(int, ids), lambda token: 0 <= token < self._count and token not in self._names):
-            if plain:
-                texts.append(self._pieces.decode(list(run)))
-            elif not skip_special_tokens:
-                texts += (self._names.get(token, "") for token in run)  # a model has more rows than there are tokens
+        kept = [token for token in map(int, ids) if not skip_special_tokens or self._is_text(token)]
+        for is_text, run in groupby(kept, self._is_text):
+            tokens = list(run)
+            # A model has more rows than there are tokens, and may say one.
+            texts += [self._pieces.decode(tokens)] if is_text else [self._names.get(token, "") for token in tokens]
         return "".join(texts)
+
+    def _is_text(self, token: int) -> bool:
+        return 0 <= token < self._count and token not in self._names
 
     def convert_tokens_to_ids(self, token: str) -> int:
         """Id of a special token or a piece; that of <unk> if there is none."""
@@ -104,4 +107,5 @@ class GlmTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         """Ids of all pieces and special tokens; where a piece is spelt like a special token, of the latter."""
-        return {self._pieces.id_to_piece(token): token for token in range(self._count)} | self._special
+        pieces = self._pieces.id_to_piece(list(range(self._count)))
+        return dict(zip(pieces, range(self._count), strict=True)) | self._special
