@@ -49,8 +49,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
     plan = make_plan(
-        config, machine, world.size, len(dataset.train), local_size=world.local_size, longest_tokens=dataset.longest_tokens,
-        model_folder=base,
+        config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
+        longest_tokens=dataset.longest_tokens, model_folder=base,
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)

@@ -24,9 +24,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Refusal
+from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Method, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Machine
-from tunesmith.plan import PlanError, describe, make_plan, memory_gib, problems, run_id, shape_of, trained_weights
+from tunesmith.plan import PlanError, describe, make_plan, memory_gib, problems, run_id, shape_of, step_flops, trained_weights
 from tunesmith.plan.memory import GIB, layer_activation_bytes
 from tunesmith.plan.shapes import KNOWN, ModelShape
 
@@ -352,6 +352,93 @@ def test_small_data_is_noted() -> None:
     ]
 
 
+# --- steps in tokens -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "counted", "steps", "epochs", "per_step", "step_tokens"),
+    [
+        ({}, (4000, 312_000), 114, 3.0, 105, 8211),  # 38.09 steps of 8192: 38 a pass, each a little larger
+        ({"train__epochs": 2.5}, (4000, 312_000), 95, 2.5, 105, 8211),
+        ({"train__epochs": 0.1}, (4000, 40 * 8192), 4, 0.1, 100, 8192),
+        ({"train__steps": 19}, (4000, 312_000), 19, 0.5, 105, 8211),
+        ({"train__epochs": 20.0}, (4000, 5000), 20, 20.0, 4000, 5000),  # less than a step: one a pass
+        ({"train__tokens_per_step": 1}, (40, 4000), 120, 3.0, 1, 100),  # never more than one a conversation
+        ({}, (None, 0), 0, 3.0, 16, 8192),  # not counted: as many as would fit at least
+        ({}, (4000, 0), 0, 3.0, 16, 8192),  # their number alone does not say it
+        ({"train__steps": 19}, (None, 0), 19, 0.0, 16, 8192),
+    ],
+)  # fmt: skip
+def test_length_of_steps_in_tokens(
+    values: dict[str, Any], counted: tuple[int | None, int], steps: int, epochs: float, per_step: int, step_tokens: int
+) -> None:
+    config = config_of(**{"train__tokens_per_step": 8192, "optim__warmup_steps": 1, **values})
+    plan = make_plan(config, HERE, 1, counted[0], tokens=counted[1], longest_tokens=480 if counted[1] else 0)
+    assert (plan.steps, plan.epochs) == (steps, epochs)
+    assert (plan.conversations_per_step, plan.tokens_per_step) == (per_step, step_tokens)
+
+
+def test_steps_in_tokens_are_divided_as_they_come() -> None:
+    """Ranks need not get equally many; a typed micro-batch is kept, as a smaller one would only make more of them in some steps."""
+    config = config_of(train__tokens_per_step=8192, model__known_as="smollm2-135m", data__max_tokens=64)
+    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=480)
+    assert (plan.micro_batch, plan.accumulation) == (16, 3), "35 conversations a rank"
+    config.train.micro_batch = 40
+    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=64)
+    assert (plan.micro_batch, plan.accumulation) == (40, 1)
+    assert plan.deepspeed["gradient_accumulation_steps"] == 2, "a step may have more than the mean"
+    few = make_plan(config_of(train__tokens_per_step=64, optim__warmup_steps=1), replace(HERE, ram_gib=99.0), 4, 40, tokens=1600, longest_tokens=60)
+    assert (few.micro_batch, few.accumulation, few.conversations_per_step) == (1, 1, 2)
+    assert few.notes == ["a step has about 2 conversations for 4 ranks: some compute nothing"]
+
+
+def test_what_is_odd_about_steps_in_tokens_is_noted() -> None:
+    def notes(*counted: int, **values: Any) -> list[str]:
+        conversations, tokens, longest = counted or (0, 0, 0)
+        return make_plan(config_of(**values), HERE, 1, conversations, tokens=tokens, longest_tokens=longest).notes
+
+    assert notes(train__tokens_per_step=8192) == notes(4000, 312_000, 480, train__tokens_per_step=8192) == []
+    assert notes(train__tokens_per_step=8192, train__conversations_per_step=64) == [
+        "train.conversations_per_step=64 is passed over, train.tokens_per_step=8192 is set"
+    ]
+    assert notes(4000, 312_000, 480, train__tokens_per_step=300) == [
+        "the longest conversation has 480 tokens, more than train.tokens_per_step=300: its step is larger"
+    ]
+    assert notes(9, 700, 100, train__tokens_per_step=8192, train__steps=20) == ["the data has 700 tokens, fewer than the 8,192 of a step"]
+
+
+def test_flops_of_a_step_in_tokens_are_a_bound() -> None:
+    """Of 8,211 tokens on the mean a step has up to one longest conversation more, and attention costs most where all are that long."""
+    config = config_of(train__tokens_per_step=8192)
+    plan = make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480)
+    tokens = 8211 + 480
+    for length in (1, 100, 480):
+        lengths = [length] * (tokens // length) + [tokens % length]
+        assert step_flops(plan.shape, config.method, lengths, tokens).useful <= plan.flops.useful
+    assert plan.flops.useful < 1.001 * step_flops(plan.shape, config.method, lengths, tokens).useful
+
+
+@pytest.mark.parametrize("values", [{}, {"method__kind": FULL}, {"engine__checkpointing": True}, {"model__known_as": "qwen2.5-0.5b"}], ids=str)
+def test_attention_cost_is_in_proportion_to_flops(values: dict[str, Any]) -> None:
+    config = config_of(**values)
+    plan = make_plan(config, replace(HERE, ram_gib=99.0), 1)
+    flops = [step_flops(plan.shape, config.method, [n], 0, checkpointing=config.engine.checkpointing).executed for n in (1, 10, 100, 10_000)]
+    costs = [n + plan.attention_cost * n * n for n in (1, 10, 100, 10_000)]
+    for flop, cost in zip(flops, costs, strict=True):
+        assert cost / costs[0] == pytest.approx(flop / flops[0])
+    assert 1e-6 < plan.attention_cost < 1e-3
+
+
+def test_packed_rows_are_planned_as_long_as_they_are() -> None:
+    """A row has max_tokens tokens, however short the conversations in it; how many rows a step has is not known."""
+    config = config_of(data__batching=Batching.packed, train__micro_batch=4)
+    plan = make_plan(config, HERE, 1, 4000, longest_tokens=100)
+    assert (plan.longest_tokens, plan.micro_batch, plan.packed) == (512, 4, True)
+    assert plan.memory == memory_gib(plan.shape, config, 1, 4 * 512, cpu=True)
+    assert "16 conversations <= 4 rows in a micro-batch x 4 accumulated x 1 rank" in describe(plan)
+    assert "GiB a rank, with rows of 512 tokens" in describe(plan)
+
+
 # --- problems ------------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +470,7 @@ ON_A10 = {"hardware__card": "a10", "precision__compute": Compute.bf16}
         ({"train__seed": -1}, "train.seed=-1: must not be negative", "train.seed=0"),
         ({"train__epochs": math.inf}, "train.epochs=inf: must not be negative or", "train.epochs=3.0"),
         ({"train__epochs": 0.0}, "train.epochs=0.0: not one step", "train.epochs=3"),
+        ({"train__tokens_per_step": -1}, "train.tokens_per_step=-1: must not be negative", "train.tokens_per_step=0"),
         ({"train__conversations_per_step": 0}, "train.conversations_per_step=0: must be at least 1", "per_step=16"),
         ({"eval__conversations": -5}, "eval.conversations=-5: must not be negative", "eval.conversations=200"),
         ({"data__prepare_train": 0}, "data.prepare_train=0: must be at least 1", "data.prepare_train=4000"),
@@ -416,6 +504,11 @@ def test_conversations_must_divide_by_the_ranks() -> None:
             f"train.conversations_per_step={per_step}: does not divide by {world_size} ranks, and each takes as many "
             f"— type train.conversations_per_step={nearest}"
         )
+
+
+def test_tokens_need_not_divide_by_the_ranks() -> None:
+    config = config_of(train__tokens_per_step=4096, train__conversations_per_step=7, train__micro_batch=9)
+    assert problems(config, replace(HERE, ram_gib=99), 3, KNOWN["smollm2-135m"]) == []
 
 
 def test_warm_up_is_held_against_the_data_too() -> None:
@@ -592,6 +685,17 @@ def test_describe_fits_a_glance() -> None:
     executed = plan.flops.executed
     assert f"{executed / 4 / 125e12:.3g} s at the peak" in text
     assert plan.trained_weights == trained_weights(plan.shape, config.method) == 18_464_768
+
+
+def test_describe_says_steps_in_tokens() -> None:
+    config = config_of(train__tokens_per_step=8192)
+    words = "at most 16 in a micro-batch x about"
+    text = describe(make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480))
+    assert f"~8,211 tokens, about 105 conversations, {words} 7 accumulated x 1 rank" in text
+    assert "114 steps = 3 epochs of 4,000 conversations" in text
+    text = describe(make_plan(config, HERE, 2, local_size=1))
+    assert f"~8,192 tokens, 16 or more conversations, {words.replace('16', '8')} 1 accumulated x 2 ranks" in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_describe_says_what_is_not_known_yet() -> None:

@@ -46,7 +46,10 @@ class Training:
     ) -> Training:
         """Put the parts together: batches and the meter follow from the rest."""
         train, world = config.train, engine.world
-        batches = Batches(dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching)
+        batches = Batches(
+            dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching,
+            tokens_per_step=train.tokens_per_step, row=config.data.max_tokens, attention_cost=plan.attention_cost,
+        )  # fmt: skip
         dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
         on_cpu, compute = engine.device.type == "cpu", config.precision.compute.name
         # Rank 0 measures (alone on the cores), then the others read what it cached.

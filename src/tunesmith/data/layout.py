@@ -2,7 +2,8 @@
 
 Conversations that start with the same tokens (tools, system turn, earlier turns of one dialogue) form a tree of
 segments. Each token is computed once, sees the segments it continues and its own, and a target that several
-conversations share counts once for each of them: loss and gradients are those of the separate computation.
+conversations share counts once for each of them: loss and gradients are those of the separate computation. Padded
+rectangles and packed rows are there for comparison; they share nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from tunesmith.data.examples import Example
 
 LEAST_SHARED = 16
 """Fewest common tokens that are split off as a segment of their own: fewer are not worth the extra kernel calls."""
-NOTHING_SHARED = 2**31
-"""More common tokens than any conversations have."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +73,85 @@ class MicroBatch:
         return int(self.counts.sum()) if self.weight else 0
 
 
+@dataclass(frozen=True)
+class Node:
+    """A segment before it has a place: tokens [start, stop) of the conversations `members`, equal in all of them."""
+
+    start: int
+    stop: int
+    members: tuple[int, ...] = ()
+    parent: int | None = None
+    """The node that it continues."""
+    padding: int = 0
+    """Tokens behind its own that belong to no conversation."""
+
+    @property
+    def real(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def filled(self) -> int:
+        return self.real + self.padding
+
+
 def lay_out(
-    examples: Sequence[Example], batching: Batching, weight: float = 1.0, least_shared: int = LEAST_SHARED
+    examples: Sequence[Example], batching: Batching, weight: float = 1.0, least_shared: int = LEAST_SHARED, row: int = 0
 ) -> MicroBatch:
-    """Lay conversations end to end, common beginnings once; `padded` fills each up to the longest and shares nothing."""
-    if batching is Batching.padded:
-        longest = max(example.computed for example in examples)
-        nodes = [_Node(0, longest, (number,)) for number in range(len(examples))]
-    else:
-        nodes = _forest([example.ids[: example.computed] for example in examples], least_shared)
-    ids = np.zeros(sum(node.stop - node.start for node in nodes), np.int64)
-    positions = np.concatenate([np.arange(node.start, node.stop) for node in nodes])
+    """A micro-batch of these conversations; row: tokens of a row of `packed`, at least the longest conversation's."""
+    return fill(examples, arrange(examples, batching, least_shared, row), weight)
+
+
+def arrange(examples: Sequence[Example], batching: Batching, least_shared: int = LEAST_SHARED, row: int = 0) -> list[Node]:
+    """How these conversations lie, parents before children.
+
+    `ragged`: end to end, common beginnings once. `padded` and `length_grouped`: each filled up to the longest.
+    `packed`: in rows of `row` tokens, what is left of a row being a segment of padding.
+    """
+    if batching is Batching.ragged:
+        return _forest([example.ids[: example.computed] for example in examples], least_shared)
+    lengths = [example.computed for example in examples]
+    longest = max(lengths)
+    if batching is not Batching.packed:
+        return [Node(0, length, (number,), padding=longest - length) for number, length in enumerate(lengths)]
+    row = max(row, longest)
+    nodes: list[Node] = []
+    for members in pack(lengths, row):
+        nodes += [Node(0, lengths[number], (number,)) for number in members]
+        if left := row - sum(lengths[number] for number in members):
+            nodes.append(Node(0, 0, padding=left))
+    return nodes
+
+
+def pack(lengths: Sequence[int], row: int) -> list[list[int]]:
+    """Which conversations share a row of `row` tokens: the longest first, each into the first row that has room.
+
+    Some of these rows, packed again by themselves, come out the same: whatever did not fit then does not fit now.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        place = next((place for place, left in enumerate(room) if left >= lengths[number]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(row)
+        rows[place].append(number)
+        room[place] -= lengths[number]
+    return rows
+
+
+def fill(examples: Sequence[Example], nodes: Sequence[Node], weight: float = 1.0) -> MicroBatch:
+    """The micro-batch of conversations that lie as `arrange` said."""
+    ids = np.zeros(sum(node.filled for node in nodes), np.int64)
+    positions = np.concatenate([np.arange(node.start, node.start + node.filled) for node in nodes])
     segments: list[Segment] = []
     places = [np.zeros(example.computed, np.int64) for example in examples]  # where each of its tokens lies
     for node in nodes:
         start = segments[-1].stop if segments else 0
         context = () if node.parent is None else (*segments[node.parent].context, _span(segments[node.parent]))
-        segments.append(Segment(start, start + node.stop - node.start, context))
-        first = examples[node.members[0]]
-        filled = min(node.stop, first.computed) - node.start
-        ids[start : start + filled] = first.ids[node.start : node.start + filled]
+        segments.append(Segment(start, start + node.filled, context))
         for member in node.members:
-            places[member][node.start : node.start + filled] = start + np.arange(filled)
+            ids[start : start + node.real] = examples[member].ids[node.start : node.stop]
+            places[member][node.start : node.stop] = start + np.arange(node.real)
     pairs = []
     for example, place in zip(examples, places, strict=True):
         before = np.flatnonzero(example.targets[1:])
@@ -111,48 +167,36 @@ def lay_out(
         rows=torch.from_numpy(rows) if len(predicting) < len(rows) else None,
         labels=torch.from_numpy(np.ascontiguousarray(unique[:, 1])),
         counts=torch.from_numpy(counts.astype(np.float32)),
-        real_tokens=len(ids) if batching is not Batching.padded else sum(example.computed for example in examples),
+        real_tokens=sum(node.real for node in nodes),
         weight=weight,
     )
 
 
-def sizes(examples: Sequence[Example], least_shared: int = LEAST_SHARED) -> tuple[list[tuple[int, int]], int]:
-    """What these conversations would be laid out as: (tokens, tokens of context) of each segment, and how many positions
-    have a target, each once."""
-    nodes = _forest([example.ids[: example.computed] for example in examples], least_shared)
-    positions = 0
+def predicting_positions(examples: Sequence[Example], nodes: Sequence[Node]) -> int:
+    """How many positions have a target in such a micro-batch, each once: whose logits are computed."""
+    count = 0
     for node in nodes:
         flags = [examples[member].targets[node.start + 1 : node.stop + 1] for member in node.members]
-        positions += int(np.logical_or.reduce(flags).sum())
-    return [(node.stop - node.start, node.start) for node in nodes], positions
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Tokens [start, stop) of the conversations `members`, equal in all of them."""
-
-    start: int
-    stop: int
-    members: tuple[int, ...]
-    parent: int | None = None
+        count += int(np.logical_or.reduce(flags).sum()) if flags else 0
+    return count
 
 
 def _span(segment: Segment) -> tuple[int, int]:
     return segment.start, segment.stop
 
 
-def _forest(conversations: Sequence[np.ndarray], least_shared: int) -> list[_Node]:
+def _forest(conversations: Sequence[np.ndarray], least_shared: int) -> list[Node]:
     """The prefix trees of some conversations, parents before children, siblings side by side with the longest first."""
     # In sorted order whatever shares a beginning stands together, and what a group shares, its first and last share.
     order = sorted(range(len(conversations)), key=lambda i: conversations[i].astype(">i4").tobytes())
-    nodes: list[_Node] = []
+    nodes: list[Node] = []
     pending: list[tuple[list[int], int, int | None]] = [(order, 0, None)]
     while pending:
         members, depth, parent = pending.pop(0)
         siblings = []
         for group in _groups(members, depth, conversations, least_shared):
             stop = depth + _common([conversations[group[0]], conversations[group[-1]]], depth)
-            siblings.append(_Node(depth, stop, tuple(group), parent))
+            siblings.append(Node(depth, stop, tuple(group), parent))
         for node in sorted(siblings, key=lambda node: (node.start - node.stop, node.members)):
             nodes.append(node)
             if rest := [i for i in node.members if len(conversations[i]) > node.stop]:

@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import NOT_IN_RUN_ID, Base, Compute, Config, EngineKind, Method, MethodKind
+from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, Train
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
@@ -23,7 +23,7 @@ from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files",
-    "shape_of", "step_flops", "trained_weights",
+    "shape_of", "step_flops", "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -46,10 +46,15 @@ class Plan:
     conversations: int
     """Training conversations; 0 until counted."""
     conversations_per_step: int
+    """The mean where steps are in tokens; until counted, what they hold at least."""
+    tokens_per_step: int
+    """Tokens of a step, the mean of an epoch where counted; 0: steps are in conversations."""
     micro_batch: int
-    """Conversations in a forward on one rank, at most."""
+    """Conversations in a forward on one rank, at most; rows where they are packed."""
+    packed: bool
+    """Conversations share rows of longest_tokens tokens."""
     accumulation: int
-    """Micro-batches in a step on each rank."""
+    """Micro-batches in a step on each rank; packed, or with steps in tokens, that of an average step at most."""
     world_size: int
     card: str
     """What it runs on: cpu, a row of the card table, or the device's own name where the table has none."""
@@ -64,9 +69,12 @@ class Plan:
     memory_limit_gib: float
     """What a rank's device has (a rank's share of RAM on a CPU); 0.0 if unknown."""
     longest_tokens: int
-    """Longest conversation: data.max_tokens until the data has been counted."""
+    """Longest conversation: data.max_tokens until the data has been counted, and where rows are packed to that."""
     flops: Flops
-    """Of a step in which every conversation had longest_tokens tokens, all of them targets: an upper bound."""
+    """Of a step in which every conversation had longest_tokens tokens, all of them targets: an upper bound, but for padding
+    where steps are in tokens."""
+    attention_cost: float
+    """What attention adds to the cost of a conversation of n tokens: n + attention_cost * n^2, in units of a token's linear layers."""
     peak_flops: float | None
     """FLOPS of one rank's device that MFU divides by; None: unknown, or measured when the run starts."""
     peak_note: str
@@ -86,24 +94,29 @@ def make_plan(
     world_size: int,
     conversations: int | None = None,
     *,
+    tokens: int = 0,
     local_size: int = 0,
     longest_tokens: int = 0,
     model_folder: Path | None = None,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
-    conversations and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan then
-    reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files, where
-    they are here.
+    conversations, tokens and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan
+    then reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files,
+    where they are here.
     """
     shape, unknown = None, []
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
     except ValueError as error:
         unknown = [str(error)]
-    countable = config.train.conversations_per_step >= 1 and math.isfinite(config.train.epochs)
-    steps, epochs = _length(config, conversations) if countable else (0, 0.0)
-    counted = changed(config, {"data.max_tokens": longest_tokens or config.data.max_tokens})
+    train, max_tokens = config.train, config.data.max_tokens
+    if train.tokens_per_step and not tokens:
+        conversations = None  # their number alone does not say how many steps they make
+    longest = max_tokens if config.data.batching is Batching.packed else longest_tokens or max_tokens
+    countable = train.conversations_per_step >= 1 and train.tokens_per_step >= 0 and math.isfinite(train.epochs)
+    steps, epochs = _length(train, conversations, tokens) if countable else (0, 0.0)
+    counted = changed(config, {"data.max_tokens": longest})
     found = unknown + problems(counted, machine, world_size, shape, local_size=local_size, steps=steps)
     if found or shape is None:
         raise PlanError(found)
@@ -111,21 +124,24 @@ def make_plan(
     on_cpu, card = target(config, machine)
     local_size = local_size or world_size
     limit_gib = device_gib(machine, on_cpu, local_size)
-    tokens = longest_tokens or config.data.max_tokens
-    micro, accumulation = _split(config, world_size, shape, tokens, limit_gib, on_cpu)
+    per_step, step_tokens = _size(config, conversations, tokens)
+    micro, accumulation = _split(config, world_size, per_step, shape, longest, limit_gib, on_cpu)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
-    per_step = config.train.conversations_per_step
+    # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
+    lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
     peak, peak_note = peak_flops(
         config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False
     )
-    return Plan(
+    plan = Plan(
         name=config.name,
         run_id=run_id(config),
         steps=steps,
         epochs=epochs,
         conversations=conversations or 0,
         conversations_per_step=per_step,
+        tokens_per_step=step_tokens,
         micro_batch=micro,
+        packed=config.data.batching is Batching.packed,
         accumulation=accumulation,
         world_size=world_size,
         card="cpu" if on_cpu else card.key if card else machine.device_names[0],
@@ -133,17 +149,24 @@ def make_plan(
         method=_words(config),
         shape=shape,
         trained_weights=trained_weights(shape, config.method),
-        memory=memory_gib(shape, config, world_size, micro * tokens, cpu=on_cpu),
+        memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu),
         memory_limit_gib=limit_gib,
-        longest_tokens=tokens,
-        flops=step_flops(
-            shape, config.method, [tokens] * per_step, tokens * per_step, checkpointing=config.engine.checkpointing
-        ),
+        longest_tokens=longest,
+        flops=step_flops(shape, config.method, lengths, sum(lengths), checkpointing=config.engine.checkpointing),
+        attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
         peak_note=peak_note,
         deepspeed=_deepspeed(config, micro, accumulation, on_cpu),
-        notes=list(_notes(config, per_step, micro * accumulation * world_size, conversations, on_cpu)),
+        notes=[],
     )
+    return replace(plan, notes=list(_notes(config, plan, tokens, longest_tokens, on_cpu)))
+
+
+def steps_per_epoch(conversations: int, tokens: int, conversations_per_step: int, tokens_per_step: int = 0) -> int:
+    """Steps in one pass over the data: as many as come nearest to tokens_per_step tokens each, else by conversations."""
+    if tokens_per_step:
+        return min(max(1, round(tokens / tokens_per_step)), conversations)  # each has one conversation at least
+    return math.ceil(conversations / conversations_per_step)
 
 
 def trained_weights(shape: ModelShape, method: Method) -> int:
@@ -151,30 +174,42 @@ def trained_weights(shape: ModelShape, method: Method) -> int:
     return shape.total_weights if method.kind is MethodKind.full else shape.adapter_weights(method.r, method.targets)
 
 
-def _length(config: Config, conversations: int | None) -> tuple[int, float]:
+def _length(train: Train, conversations: int | None, tokens: int) -> tuple[int, float]:
     """(steps, epochs). Every epoch ends with its own, perhaps short, step, so that epochs never mix."""
-    steps, epochs, per_step = config.train.steps, config.train.epochs, config.train.conversations_per_step
     if not conversations:
-        return steps, 0.0 if steps else epochs
-    if steps > 0:
-        return steps, steps / math.ceil(conversations / per_step)
-    whole = math.floor(epochs)
-    part = (epochs - whole) * conversations / per_step
+        return train.steps, 0.0 if train.steps else train.epochs
+    per_epoch = steps_per_epoch(conversations, tokens, train.conversations_per_step, train.tokens_per_step)
+    if train.steps > 0:
+        return train.steps, train.steps / per_epoch
+    whole = math.floor(train.epochs)
+    part = train.epochs - whole
+    part *= per_epoch if train.tokens_per_step else conversations / train.conversations_per_step
     rest = math.ceil(round(part, 6))  # rounded, since 0.1 is a little more than a tenth
-    return whole * math.ceil(conversations / per_step) + rest, epochs
+    return whole * per_epoch + rest, train.epochs
+
+
+def _size(config: Config, conversations: int | None, tokens: int) -> tuple[int, int]:
+    """(conversations, tokens) of a step: means where steps are in tokens, otherwise what is set and 0."""
+    train = config.train
+    if not train.tokens_per_step:
+        return train.conversations_per_step, 0
+    if not conversations:
+        return max(1, train.tokens_per_step // config.data.max_tokens), train.tokens_per_step
+    steps = steps_per_epoch(conversations, tokens, train.conversations_per_step, train.tokens_per_step)
+    return round(conversations / steps), round(tokens / steps)
 
 
 def _split(
-    config: Config, world_size: int, shape: ModelShape, tokens: int, limit_gib: float, on_cpu: bool
+    config: Config, world_size: int, per_step: int, shape: ModelShape, longest: int, limit_gib: float, on_cpu: bool
 ) -> tuple[int, int]:
     """(micro-batch, accumulation): as few micro-batches as memory allows, all of about the same size."""
-    share = config.train.conversations_per_step // world_size
+    share = math.ceil(per_step / world_size)
     most = config.train.micro_batch
     if not most:
         ceiling = min(share, CPU_MICRO_BATCH) if on_cpu else share
 
         def fits(micro: int) -> bool:
-            parts = memory_gib(shape, config, world_size, micro * tokens, cpu=on_cpu)
+            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu)
             return not limit_gib or sum(parts.values()) <= ROOM * limit_gib
 
         most = 1
@@ -182,7 +217,24 @@ def _split(
             most *= 2
         most = min(most, ceiling)
     accumulation = math.ceil(share / most)
-    return math.ceil(share / accumulation), accumulation
+    # Where each step has another number of conversations or rows, a smaller limit would only make more micro-batches of some.
+    return most if _varies(config) else math.ceil(share / accumulation), accumulation
+
+
+def _varies(config: Config) -> bool:
+    """Whether steps differ in how many micro-batches they need, and not only the last one of an epoch."""
+    return config.train.tokens_per_step > 0 or config.data.batching is Batching.packed
+
+
+def _attention_cost(shape: ModelShape, config: Config) -> float:
+    """The a in n + a * n^2, which a conversation of n tokens costs in proportion.
+
+    Its FLOPs without logits are F(n) = linear * n + score * n (n + 1) / 2, as attention is causal. So score is F(2) - 2 F(1), and
+    F(n) is (linear + score / 2) n + score / 2 n^2.
+    """
+    one, two = (step_flops(shape, config.method, [n], 0, checkpointing=config.engine.checkpointing).executed for n in (1, 2))
+    half = (two - 2 * one) / 2
+    return half / (one - half)
 
 
 def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> dict[str, Any]:
@@ -210,9 +262,12 @@ def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> d
         half = {"fp16": {"enabled": True, **scaling}}
     elif config.precision.compute is Compute.bf16:
         half = {"bf16": {"enabled": True}}
+    # The engine says itself which micro-batch is a step's last. But with offload, versions of DeepSpeed accumulate only where
+    # this number is above 1, and a step larger than the mean may have two micro-batches.
+    steps = max(2, accumulation) if _varies(config) else accumulation
     return {
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": steps,
         "zero_optimization": zero,
         "gradient_clipping": config.optim.clip,
         **half,
@@ -224,11 +279,23 @@ def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> d
     }
 
 
-def _notes(config: Config, per_step: int, places: int, conversations: int | None, on_cpu: bool) -> Iterator[str]:
-    if places > per_step:
+def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) -> Iterator[str]:
+    """tokens, longest: of the training data, 0 until counted."""
+    train, per_step = config.train, plan.conversations_per_step
+    places = plan.micro_batch * plan.accumulation * plan.world_size
+    if not _varies(config) and places > per_step:
         yield f"{per_step} conversations leave {places - per_step} of a step's {places} places empty"
-    if conversations and conversations < per_step:
-        yield f"the data has {conversations} conversations, fewer than the {per_step} of a step"
+    if wanted := train.tokens_per_step:
+        if train.conversations_per_step != Train().conversations_per_step:
+            yield f"train.conversations_per_step={train.conversations_per_step} is passed over, train.tokens_per_step={wanted} is set"
+        if longest > wanted:
+            yield f"the longest conversation has {longest:,} tokens, more than train.tokens_per_step={wanted}: its step is larger"
+        if 0 < tokens < wanted:
+            yield f"the data has {tokens:,} tokens, fewer than the {wanted:,} of a step"
+        if tokens and per_step < plan.world_size:
+            yield f"a step has about {per_step} conversations for {plan.world_size} ranks: some compute nothing"
+    elif 0 < plan.conversations < per_step:
+        yield f"the data has {plan.conversations} conversations, fewer than the {per_step} of a step"
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
 
@@ -256,10 +323,7 @@ def run_id(config: Config) -> str:
 
 def describe(plan: Plan) -> str:
     """The plan for people, at most 14 lines."""
-    shape, per_step, gib = plan.shape, plan.conversations_per_step, plan.memory_gib
-    places = plan.micro_batch * plan.accumulation * plan.world_size
-    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
-    product = f"{plan.micro_batch} in a micro-batch x {plan.accumulation} accumulated x {ranks}"
+    shape, gib = plan.shape, plan.memory_gib
     length = f"{plan.steps:,} steps" if plan.steps else "as many steps as the data asks for"
     if plan.conversations:
         length += f" = {plan.epochs:g} epochs of {plan.conversations:,} conversations"
@@ -276,9 +340,9 @@ def describe(plan: Plan) -> str:
         "model": f"{shape.name}, {total:,.1f} M weights, {trained:,.1f} M trained",
         "method": plan.method,
         "on": f"{plan.world_size} x {plan.card}" + (f" with {plan.threads} threads" if plan.card == "cpu" else ""),
-        "step": f"{per_step} conversations {'=' if places == per_step else '<='} {product}",
+        "step": _step_words(plan),
         "length": length,
-        "memory": f"{gib:.2f}{limit} GiB a rank, with conversations of {plan.longest_tokens:,} tokens",
+        "memory": f"{gib:.2f}{limit} GiB a rank, with {'rows' if plan.packed else 'conversations'} of {plan.longest_tokens:,} tokens",
         "": parts,
         "compute": f"at most {useful:,.4g} TFLOP a step ({executed:,.4g} executed){seconds}",
         "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
@@ -286,3 +350,14 @@ def describe(plan: Plan) -> str:
     return "\n".join(
         [*(f"{word:<8} {text}" for word, text in lines.items()), *(f"note     {note}" for note in plan.notes)]
     )
+
+
+def _step_words(plan: Plan) -> str:
+    per_step, places = plan.conversations_per_step, plan.micro_batch * plan.accumulation * plan.world_size
+    parts = f"{plan.micro_batch}{' rows' * plan.packed} in a micro-batch"
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    if plan.tokens_per_step:
+        many = f"about {per_step:,}" if plan.conversations else f"{per_step:,} or more"
+        return f"~{plan.tokens_per_step:,} tokens, {many} conversations, at most {parts} x about {plan.accumulation} accumulated x {ranks}"
+    sign = "=" if places == per_step and not plan.packed else "<="
+    return f"{per_step} conversations {sign} {parts} x {plan.accumulation} accumulated x {ranks}"

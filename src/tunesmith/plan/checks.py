@@ -75,7 +75,8 @@ def _number_problems(config: Config) -> Iterator[str]:
 
 
 def _batch_problems(config: Config, world_size: int, steps: int) -> Iterator[str]:
-    train, per_step = config.train, config.train.conversations_per_step
+    train = config.train
+    per_step = 0 if train.tokens_per_step else train.conversations_per_step  # in tokens, ranks need not get equally many
     if per_step >= 1 and per_step % world_size:
         nearest = max(1, round(per_step / world_size)) * world_size
         yield (
