@@ -54,7 +54,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
-    folder.say("\n".join([describe(plan), *dataset.notes]))
+    folder.say("\n".join([describe(plan), *loop.data_notes(config, plan, dataset)]))
 
     device = engine.device_for(world, config)
     engine.join(config, world, device, threads=config.hardware.threads or max(1, machine.cores // world.local_size))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,16 +64,25 @@ def tiny_conversations(count: int) -> list[dict[str, object]]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.json (26 conversations: the last step of an epoch is short), dev.json and test.json."""
     folder = tmp_path_factory.mktemp("tiny-data")
-    for name, conversations in (("train", tiny_conversations(26)), ("dev", tiny_conversations(5)), ("test", tiny_conversations(6))):
+    made = tiny_conversations(37)  # each part has its own: what is trained on and tested too is refused
+    for name, conversations in (("train", made[:26]), ("dev", made[26:31]), ("test", made[31:])):
         (folder / f"{name}.json").write_text(json.dumps(conversations))
     return folder
+
+
+def read(spec: str | Path, folder: Path = Path()) -> list[Any]:
+    """Every conversation that a spec names, parsed, each once; raises the first mistake."""
+    from tunesmith.data.conversations import parse_conversation
+    from tunesmith.data.files import sources
+
+    return [parse_conversation(record, place) for source in sources(str(spec), folder) for place, record in source.records()]
 
 
 @pytest.fixture
 def overrides(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
     """The words that make any experiment a tiny one: 7 steps (two epochs less one step) of 8 conversations."""
     return [
-        "name=tiny", f"outputs={tmp_path / 'outputs'}", "model=local", f"model.path={tiny_model}", "data=local", f"data.folder={tiny_data}",
+        "name=tiny", f"outputs={tmp_path / 'outputs'}", f"data.cache={tmp_path / 'cache'}", "model=local", f"model.path={tiny_model}", "data=local", f"data.folder={tiny_data}",
         "data.train=train.json", "data.dev=dev.json", "data.test=test.json", "train.steps=7", "train.conversations_per_step=8",
         "train.save_every=0", "train.eval_every=0", "optim.lr=1e-2", "optim.warmup_steps=2", "method.r=4", "hardware.peak=1e11",
         "eval.max_new_tokens=4", "eval.conversations=4", "eval.samples=1", "hardware.threads=1",

@@ -10,8 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.config import Refusal
-from tunesmith.data.conversations import SHOWN_MISTAKES, Call, Conversation, Turn, parse_conversation, read_conversations
+from tests.conftest import read
+from tests.test_templates import renderer
+from tunesmith.config import Compat, Data, Policy, Refusal
+from tunesmith.data.check import SHOWN
+from tunesmith.data.conversations import Call, Conversation, Turn, parse_conversation
+from tunesmith.data.files import Mistake
+from tunesmith.data.parts import read_parts
 
 # A busy machine is no failure.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -32,9 +37,11 @@ def mistake(*messages: Any) -> str:
 
 
 def refusal(path: Path) -> list[str]:
-    with pytest.raises(Refusal) as refused:
-        read_conversations(path, "data.train")
-    return str(refused.value).splitlines()
+    data = Data(train=str(path), cache=str(path.parent / "cache"))
+    try:
+        return read_parts(data, renderer("chatml"))["train"].problems(data)
+    except Refusal as refused:
+        return str(refused).splitlines()
 
 
 # --- ChatGLM3 ------------------------------------------------------------------------------------------------------
@@ -285,6 +292,56 @@ def test_whatever_a_record_holds_it_is_read_or_refused_with_its_place(messages: 
         assert all(turn.role == "assistant" and isinstance(turn.call.parameters, dict) for turn in found.turns if turn.call)
 
 
+# --- what may be kept, and rules that differ ------------------------------------------------------------------------
+
+KEEPABLE = {
+    "empty_content": [USER, {"role": "assistant", "content": ""}, ANSWER],
+    "user_after_user": [USER, USER, ANSWER],
+    "observation_without_call": [USER, {"role": "observation", "content": "12"}, ANSWER],
+    "damaged_text": [{"role": "user", "content": "caf\ufffd"}, ANSWER],
+}
+
+
+@pytest.mark.parametrize("kind", KEEPABLE)
+def test_what_is_kept_is_told_and_what_is_not_is_refused(kind: str) -> None:
+    record, data = {"conversations": KEEPABLE[kind]}, Data()
+    setattr(data.check, kind, Policy.keep)
+    doubts: list[Mistake] = []
+    assert len(parse_conversation(record, "f#0", data, doubts).turns) == len(KEEPABLE[kind])
+    assert [doubt.kind for doubt in doubts] == [kind]
+    assert str(doubts[0]).startswith("f#0 turn ")
+    setattr(data.check, kind, Policy.fail)
+    with pytest.raises(Mistake) as refused:
+        parse_conversation(record, "f#0", data, [])
+    assert refused.value.kind == kind
+
+
+OBSERVED = [{**USER, "loss": True}, {**ANSWER, "loss": False}, {"role": "observation", "content": "12"}, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("compat", "learned"),
+    [
+        (Compat.tunesmith, [True, False, False, True]),
+        (Compat.readme, [True, False, True, True]),
+        (Compat.preprocess, [False, False, True, True]),
+        (Compat.script, [False, True, True, True]),
+    ],
+)
+def test_each_source_of_chatglm3_learns_other_turns(compat: Compat, learned: list[bool]) -> None:
+    found = parse_conversation({"conversations": OBSERVED}, "f#0", Data(compat=compat))
+    assert [turn.loss for turn in found.turns] == learned
+
+
+@pytest.mark.parametrize("compat", Compat)
+def test_an_answer_of_openais_tool_and_one_inside_a_tool_turn_are_never_learned_unasked(compat: Compat) -> None:
+    asked = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    by_openai = parse_conversation({"messages": [USER, asked, {"role": "tool", "content": "12"}]}, "f#0", Data(compat=compat))
+    by_chatglm3 = parse_conversation({"conversations": [USER, {**CALL, "observation": "12"}]}, "f#0", Data(compat=compat))
+    assert not by_openai.turns[-1].loss
+    assert not by_chatglm3.turns[-1].loss
+
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +352,7 @@ def test_the_three_ways_of_writing_a_file_hold_the_same(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(records, indent=1), "utf-8")
     (tmp_path / "lines.jsonl").write_text(f"{lines}\n\n", "utf-8")
     (tmp_path / "lines.json").write_text(lines, "utf-8")
-    as_list, as_lines, in_json = (read_conversations(tmp_path / name, "data.train") for name in ("list.json", "lines.jsonl", "lines.json"))
+    as_list, as_lines, in_json = (read(tmp_path / name) for name in ("list.json", "lines.jsonl", "lines.json"))
     assert [c.turns for c in as_list] == [c.turns for c in as_lines] == [c.turns for c in in_json]
     assert [c.place for c in as_list] == [f"{tmp_path / 'list.json'}#{i}" for i in range(3)]
     assert [c.place for c in as_lines] == [f"{tmp_path / 'lines.jsonl'}:{i}" for i in (1, 2, 3)]
@@ -307,7 +364,7 @@ def test_characters_that_only_look_like_line_ends(character: str, tmp_path: Path
     said = f"one{character}two"
     text = json.dumps({"conversations": [{"role": "user", "content": said}]}, ensure_ascii=False)
     (tmp_path / "a.jsonl").write_text(f"{text}\n{text}\n", "utf-8")
-    assert [c.turns[0].content for c in read_conversations(tmp_path / "a.jsonl", "data.train")] == [said, said]
+    assert [c.turns[0].content for c in read(tmp_path / "a.jsonl")] == [said, said]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
@@ -316,7 +373,7 @@ def test_windows_files(name: str, tmp_path: Path) -> None:
     record = json.dumps({"conversations": [USER, ANSWER]})
     text = f"[{record},\r\n{record}]" if name == "a.json" else f"{record}\r\n{record}\r\n"
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert len(read_conversations(tmp_path / name, "data.train")) == 2
+    assert len(read(tmp_path / name)) == 2
 
 
 def test_a_missing_file_lists_its_neighbours(tmp_path: Path) -> None:
@@ -337,7 +394,8 @@ def test_an_empty_file_is_refused(text: str, tmp_path: Path) -> None:
 def test_all_mistakes_of_a_file_are_told_by_line(tmp_path: Path) -> None:
     good, path = json.dumps({"conversations": [USER, ANSWER]}), tmp_path / "a.jsonl"
     path.write_text("\n".join([good, "{oops", "", json.dumps({"conversations": [USER, USER]}), "7", good]))
-    not_json, two_users, number = refusal(path)
+    not_json, two_users, number, advice = refusal(path)
+    assert advice == "data.train: 1 broken_json, 1 user_after_user, 1 malformed — data.check.KIND=skip leaves such conversations out and counts them"
     assert not_json.startswith(f"{path}:2: not JSON (")
     assert "at column 2" in not_json
     assert two_users.startswith(f"{path}:4 turn 2: two user turns in a row")
@@ -347,25 +405,25 @@ def test_all_mistakes_of_a_file_are_told_by_line(tmp_path: Path) -> None:
 def test_mistakes_of_a_list_are_told_by_index(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"conversations": [USER, ANSWER]}, {"conversations": [ANSWER, {"role": "x"}]}, None]))
-    assert [line.split(": ")[0] for line in refusal(path)] == [f"{path}#1 turn 2", f"{path}#2"]
+    assert [line.split(": ")[0] for line in refusal(path)[:-1]] == [f"{path}#1 turn 2", f"{path}#2"]
 
 
 def test_a_broken_list_is_told_by_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"conversations": []},\n{"conversations": [}\n]')
-    (line,) = refusal(path)
+    line, _ = refusal(path)
     assert line.startswith(f"{path}:2: not JSON (")
 
 
 def test_only_the_first_mistakes_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("oops\n" * (SHOWN_MISTAKES + 5))
+    path.write_text("oops\n" * (SHOWN + 5))
     lines = refusal(path)
-    assert len(lines) == SHOWN_MISTAKES + 1
-    assert lines[-1] == "and 5 more"
+    assert len(lines) == SHOWN + 2
+    assert lines[-2] == "and 5 more"
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"conversations": "\xff"}]')
-    assert refusal(path) == [f"{path}: byte 20 is not UTF-8 — save the file as UTF-8"]
+    assert refusal(path)[0] == f"{path}: byte 20 is not UTF-8 — save the file as UTF-8"

@@ -10,19 +10,26 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tiny_conversations
+from tests.conftest import read, tiny_conversations
+from tests.test_templates import renderer
 from tunesmith.compose import compose
-from tunesmith.config import Config, Overlong, Refusal
+from tunesmith.config import Config, Data, Overlong, Refusal
 from tunesmith.data import load
-from tunesmith.data.conversations import read_conversations
-from tunesmith.data.files import Mistake, records, sources
+from tunesmith.data.files import Mistake, sources
+from tunesmith.data.parts import read_parts
 from tunesmith.model import load_tokenizer
 
 PAIR = {"prompt": "2 + 3 =", "response": "5"}
 
 
 def texts(spec: str, folder: Path) -> list[str]:
-    return [conversation.turns[0].content for conversation in read_conversations(spec, "data.train", folder=folder)]
+    return [conversation.turns[0].content for conversation in read(spec, folder)]
+
+
+def places(spec: str, folder: Path) -> list[str]:
+    """Where each conversation of an epoch was read, weights included."""
+    part = read_parts(Data(folder=str(folder), train=spec, cache=str(folder / "cache")), renderer("chatml"))["train"]
+    return [example.place.removeprefix(f"{folder}/") for example in part.examples]
 
 
 def write(path: Path, *prompts: str) -> None:
@@ -40,7 +47,7 @@ def test_folder_glob_archive_and_list(tmp_path: Path) -> None:
     assert texts("set/*.jsonl", tmp_path) == ["a"]
     assert texts("set/c.json, set/a.jsonl", tmp_path) == ["c", "a"]
     with pytest.raises(Refusal, match=r"data\.train=.*notes\.txt: no file of this kind"):
-        texts("set/notes.txt", tmp_path)
+        places("set/notes.txt", tmp_path)
     with pytest.raises(Refusal, match=r"no such file — the folder has a\.jsonl, b\.jsonl\.gz, c\.json"):
         texts("set/d.json", tmp_path)
 
@@ -51,7 +58,7 @@ def test_csv(tmp_path: Path) -> None:
         rows.writerow(["instruction", "input", "output", "history"])
         rows.writerow(["Say, please", "", "A", json.dumps([["q", "a"]])])
         rows.writerow(["Line\nbreak", "x", "B", ""])
-    found = read_conversations("t.csv", "data.train", folder=tmp_path)
+    found = read("t.csv", tmp_path)
     assert [turn.content for turn in found[0].turns] == ["q", "a", "Say, please", "A"]
     assert [turn.content for turn in found[1].turns] == ["Line\nbreak\nx", "B"]
 
@@ -59,11 +66,11 @@ def test_csv(tmp_path: Path) -> None:
 def test_weights_are_copies_and_a_fixed_subset(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", "a1", "a2")
     write(tmp_path / "b.jsonl", *(f"b{number}" for number in range(10)))
-    first = texts("a.jsonl*2,b.jsonl*0.5", tmp_path)
-    assert first[:4] == ["a1", "a2", "a1", "a2"]
+    first = places("a.jsonl*2,b.jsonl*0.5", tmp_path)
+    assert first[:4] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:1", "a.jsonl:2"]
     assert len(first) == 9
     assert len(set(first[4:])) == 5
-    assert texts("a.jsonl*2,b.jsonl*0.5", tmp_path) == first
+    assert places("a.jsonl*2,b.jsonl*0.5", tmp_path) == first
     with pytest.raises(Refusal, match="the weight is 0"):
         texts("a.jsonl*0", tmp_path)
 
@@ -74,7 +81,7 @@ def test_one_broken_line_of_many_is_one_finding(tmp_path: Path) -> None:
     lines[700] = b'{"prompt": "\xff", "response": "x"}'
     lines[900] = b'{"prompt": "a\x00b", "response": "x"}'
     (tmp_path / "big.jsonl").write_bytes(b"\n".join(lines))
-    found = list(records("big.jsonl", tmp_path))
+    found = list(sources("big.jsonl", tmp_path)[0].records())
     mistakes = [(record.kind, place.rpartition(":")[2]) for place, record in found if isinstance(record, Mistake)]
     assert mistakes == [("broken_json", "501"), ("not_utf8", "701"), ("nul", "901")]
     assert len(found) == 1000
@@ -84,7 +91,7 @@ def test_a_broken_archive_says_how_far_it_went(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl.gz", *("x" * 50 for _ in range(200)))
     whole = (tmp_path / "a.jsonl.gz").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(Refusal, match="the archive breaks off"):
+    with pytest.raises(Mistake, match="the archive breaks off"):
         texts("a.jsonl.gz", tmp_path)
 
 

@@ -18,11 +18,11 @@ import pytest
 
 import launcher.__main__ as launcher_program
 import tunesmith.cli as cli_program
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read
 from tests.test_house import LADDER
 from tunesmith.compose import choices, compose
 from tunesmith.config import Config, Refusal
-from tunesmith.data.conversations import parse_conversation, read_conversations
+from tunesmith.data.conversations import parse_conversation
 from tunesmith.hardware import FAKE_MACHINE, Machine, this_machine
 from tunesmith.plan import make_plan
 
@@ -165,7 +165,7 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch, folder: Path) -> No
     elif words[0] == "cat":
         file = folder / Path(words[2]).name
         file.write_text(command.document, "utf-8")
-        assert read_conversations(file, "data.train")
+        assert read(file)
     else:
         assert words[0] in ("mkdir", "export", "unset", "wait") or words == ["source", ".venv/bin/activate"], "not checked by anything"
 

@@ -1,21 +1,38 @@
-"""The `tunesmith` command: everything one does with a run besides training it."""
+"""The `tunesmith` command: everything one does with data and with runs besides training."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tunesmith.compose import stored_config
-from tunesmith.config import Refusal
+from tunesmith.compose import compose, stored_config
+from tunesmith.config import Config, Prepare, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.run import refuse
+
+if TYPE_CHECKING:
+    from tunesmith.data import Conversation
+    from tunesmith.data.templates import Renderer, Rendered
+
+MOST_UNLIKELY = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and do what it says; a user's mistake ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="tunesmith", description="Work with runs. Training: deepspeed train.py +exp=NAME")
+    parser = argparse.ArgumentParser(prog="tunesmith", description="Work with data and runs. Training: deepspeed train.py +exp=NAME")
     commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="look at training data before it is trained on").add_subparsers(dest="what", required=True)
+    check = data.add_parser("check", help="find what is wrong with files, and count what is in them")
+    show = data.add_parser("show", help="show conversations as the model reads them, with what it learns marked")
+    for one in (check, show):
+        one.add_argument("words", nargs="*", metavar="FILE|KEY=VALUE", help="files, folders or globs (none: those of +exp=NAME), and words as for train.py")
+        one.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs no network")
+        one.add_argument("-n", type=int, default=3, metavar="COUNT", help="conversations shown (3)")
+        one.add_argument("--first", type=int, default=0, metavar="INDEX", help="the first one that is shown, from 0")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     chat.add_argument("--once", metavar="TEXT", help="answer this one text and leave")
@@ -24,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     asked = parser.parse_args(arguments)
     try:
+        if asked.command == "data":
+            look_at_data(asked)
+            return
         if not (asked.run / "config.yaml").is_file():
             raise Refusal(f"{asked.run}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
         prepare_environment(on_cpu=this_machine().kind == "cpu")
@@ -37,6 +57,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(write_report(asked.run))
     except Refusal as refusal:
         refuse(refusal)
+
+
+def data_config(words: Sequence[str]) -> Config:
+    """The config that files and overrides stand for: files take the place of all that an experiment reads."""
+    is_override = [word.startswith(("+", "~")) or ("=" in word and not Path(word).exists()) for word in words]
+    overrides = [word for word, yes in zip(words, is_override, strict=True) if yes]
+    files = [word for word, yes in zip(words, is_override, strict=True) if not yes]
+    if not any(word.lstrip("+").startswith(("exp=", "name=")) for word in overrides):
+        overrides = ["name=data", *overrides]
+    config = compose(overrides)
+    if files:
+        config.data.folder, config.data.train, config.data.prepare = "", ",".join(files), Prepare.none
+        for part in ("dev", "test"):
+            if not any(word.startswith(f"data.{part}=") for word in overrides):
+                setattr(config.data, part, "")
+    return config
+
+
+def look_at_data(asked: argparse.Namespace) -> None:
+    """Check or show data; raises Refusal for what would keep a run from starting."""
+    config = data_config(asked.words)
+    prepare_environment(on_cpu=this_machine().kind == "cpu")
+    from tunesmith import data, model
+    from tunesmith.data.ngram import rank_unlikely
+    from tunesmith.data.templates import renderer_for
+    from tunesmith.report.data_page import show_in_terminal, write_data_page
+
+    data.prepare_files(config)
+    renderer = renderer_for(model.load_tokenizer(model.model_folder(config.model)), config.data)
+    samples = list(islice(rendered(config, renderer), asked.first, asked.first + asked.n)) if asked.what == "show" or asked.html else []
+    if asked.what == "show":
+        for conversation, tokens in samples:
+            show_in_terminal(sys.stdout, conversation, tokens, renderer.tokenizer)
+        if not asked.html:
+            return
+    parts = data.survey(config, renderer)
+    print(f"tokens and template as of {config.model.path}, {type(renderer).__name__}")
+    for name, part in parts.items():
+        print(f"\ndata.{name}: {part.read:,} conversations, {len(part.examples):,} used")
+        for line in [*part.statistics.lines(), *part.notes(config.data)]:
+            print(f"  {line}")
+    unlikely = rank_unlikely(parts["train"].examples, MOST_UNLIKELY) if len(parts["train"].examples) else []
+    if unlikely and asked.what == "check":
+        print("\nleast like the rest (nats a target token, by an n-gram model of the others):")
+        for one in unlikely:
+            text = " ".join(renderer.tokenizer.decode(one.ids[:60].tolist(), skip_special_tokens=True).split())
+            print(f"  {one.nats:6.2f}  {one.place}  {text[:100]}")
+    if asked.html:
+        write_data_page(
+            asked.html, title=", ".join(part.name for part in parts.values()), samples=samples, tokenizer=renderer.tokenizer,
+            statistics={name: part.statistics for name, part in parts.items()}, unlikely=unlikely,
+            findings=[row for part in parts.values() for row in part.table()],
+        )  # fmt: skip
+        print(f"\n{asked.html}")
+    if problems := [line for part in parts.values() for line in part.problems(config.data)]:
+        raise Refusal("\n".join(problems))
+
+
+def rendered(config: Config, renderer: Renderer) -> Iterator[tuple[Conversation, Rendered]]:
+    """The training conversations in file order, as they are read; raises Refusal at one that cannot be."""
+    from tunesmith.data.conversations import parse_conversation
+    from tunesmith.data.files import Mistake, sources
+
+    for source in sources(config.data.train, Path(config.data.folder)):
+        for place, record in source.records():
+            try:
+                conversation = parse_conversation(record, place, config.data)
+            except Mistake as mistake:
+                print(f"{mistake}\n", file=sys.stderr)
+                continue
+            yield conversation, renderer.render(conversation)
+
 
 if __name__ == "__main__":
     main()

@@ -248,7 +248,7 @@ class Train:
     conversations_per_step: int = 16
     """Conversations in one optimizer update, over all ranks and accumulation. The setting; micro_batch is a consequence."""
     tokens_per_step: int = 0
-    """Tokens in one optimizer update instead of conversations, about: an epoch is cut where a step is nearest to it. 0: by conversations."""
+    """Tokens in one optimizer update instead of conversations, about: an epoch is cut where that is nearest. 0: by conversations."""
     micro_batch: int = 0
     """Conversations in one forward on one rank; 0: chosen by the plan."""
     seed: int = 0

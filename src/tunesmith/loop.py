@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tunesmith.checkpoint import Checkpoints
 from tunesmith.config import Config, Optim, Schedule
 from tunesmith.data import Dataset
-from tunesmith.data.batches import Batches, MicroBatch, held_out_batches
+from tunesmith.data.batches import Batches, MicroBatch, data_line, held_out_batches, outlook
 from tunesmith.engine import Engine
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
@@ -45,11 +45,8 @@ class Training:
         stop: StopSignal,
     ) -> Training:
         """Put the parts together: batches and the meter follow from the rest."""
-        train, world = config.train, engine.world
-        batches = Batches(
-            dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching,
-            tokens_per_step=train.tokens_per_step, row=config.data.max_tokens, attention_cost=plan.attention_cost,
-        )  # fmt: skip
+        world = engine.world
+        batches = batches_of(config, plan, dataset)
         dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
         on_cpu, compute = engine.device.type == "cpu", config.precision.compute.name
         # Rank 0 measures (alone on the cores), then the others read what it cached.
@@ -60,6 +57,20 @@ class Training:
             print(f"peak     {note}")
         meter = Meter(engine.device, world.size, peak)
         return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop)
+
+
+def batches_of(config: Config, plan: Plan, dataset: Dataset) -> Batches:
+    """The training data as steps."""
+    train = config.train
+    return Batches(
+        dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching,
+        tokens_per_step=train.tokens_per_step, row=config.data.max_tokens, attention_cost=plan.attention_cost,
+    )  # fmt: skip
+
+
+def data_notes(config: Config, plan: Plan, dataset: Dataset) -> list[str]:
+    """What the plan can say once the data is read: how much it is, what sharing saves, what was left out."""
+    return [data_line(dataset.train, outlook(batches_of(config, plan, dataset), plan.world_size)), *dataset.notes]
 
 
 def train(parts: Training, done: int) -> None:

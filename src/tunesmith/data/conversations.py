@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Compat, Data, Policy, Refusal
-from tunesmith.data.files import Mistake, sources
+from tunesmith.config import Compat, Data, Policy
+from tunesmith.data.files import Mistake
 from tunesmith.data.formats import as_conversation
 
 ROLES = ("system", "user", "assistant", "tool", "observation", "text")
-SHOWN_MISTAKES = 20
 
 
 @dataclass(frozen=True)
@@ -43,47 +40,6 @@ class Conversation:
     metadata: dict[str, Any] = field(default_factory=dict)
     place: str = ""
     """file:line, or file#index in a JSON list."""
-
-
-def read_conversations(
-    spec: str | Path, setting: str, data: Data | None = None, folder: Path = Path()
-) -> list[Conversation]:
-    """All conversations that a spec names (see files.py), each as often as its weight says.
-
-    Raises Refusal naming `setting` if something is missing or empty, else listing every malformed conversation.
-    """
-    conversations: list[Conversation] = []
-    mistakes: list[str] = []
-    try:
-        for source in sources(str(spec), folder):
-            found: list[Conversation] = []
-            for place, record in source.records():
-                try:
-                    found.append(parse_conversation(record, place, data))
-                except Mistake as mistake:
-                    mistakes.append(str(mistake))
-            conversations += weighted(found, source.weight)
-    except Refusal as refusal:
-        raise Refusal(f"{setting}={refusal}") from None
-    if mistakes:
-        raise Refusal(shown(mistakes))
-    if not conversations:
-        raise Refusal(f"{setting}={spec if isinstance(spec, Path) else folder / spec}: the file holds no conversation")
-    return conversations
-
-
-def weighted(conversations: list[Conversation], weight: float) -> list[Conversation]:
-    """Whole copies, and for the fraction a subset that is the same at every start, in file order."""
-    whole = int(weight)
-    part = round((weight - whole) * len(conversations))
-    chosen = sorted(random.Random(0).sample(range(len(conversations)), part))
-    return conversations * whole + [conversations[i] for i in chosen]
-
-
-def shown(mistakes: list[str]) -> str:
-    """The first mistakes in full, a line each, and how many more there are."""
-    more = [f"and {len(mistakes) - SHOWN_MISTAKES} more"] if len(mistakes) > SHOWN_MISTAKES else []
-    return "\n".join([*mistakes[:SHOWN_MISTAKES], *more])
 
 
 def parse_conversation(record: Any, place: str, data: Data | None = None, doubts: list[Mistake] | None = None) -> Conversation:

@@ -13,9 +13,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
+
+import orjson
 
 from tunesmith.config import Refusal
 
@@ -23,6 +27,10 @@ READABLE = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".par
 HUB = "hub:"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put one in front
 CELLS_OF_JSON = ("conversations", "messages", "tools", "history", "metadata")
+CHUNK_BYTES = 2**20
+"""Lines are handed on in pieces of about this size: small enough to balance processes, large enough to be worth a message."""
+CHUNK_RECORDS = 500
+BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile)
 
 Found = tuple[str, Any]
 """(place, record), or (place, Mistake)."""
@@ -34,6 +42,56 @@ class Mistake(ValueError):
     def __init__(self, kind: str, text: str):
         super().__init__(text)
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Whole lines of a .jsonl, not yet parsed: what is handed to another process."""
+
+    path: Path
+    number: int
+    """Line number of the first one, from 1."""
+    start: int
+    """Where it begins in the file, in bytes."""
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the source that this covers."""
+        return len(self.data)
+
+    def records(self) -> Iterator[Found]:
+        """(place, record or Mistake) of each line that is not empty."""
+        for number, line in self._lines():
+            yield (place := f"{self.path}:{number}"), _line(line, place)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """(first byte in the file, bytes) of each line that is not empty."""
+        start = self.start
+        for number, line in enumerate(self.data.split(b"\n"), self.number):
+            if _without_mark(line, number).strip():
+                yield start, len(line)
+            start += len(line) + 1
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        for number, line in enumerate(self.data.split(b"\n"), self.number):  # a JSON text may hold U+2028 or a \r as it is
+            if (line := _without_mark(line, number)).strip():
+                yield number, line
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records of any other kind of file, parsed already."""
+
+    found: tuple[Found, ...]
+    size: int = 0
+
+    def records(self) -> Iterator[Found]:
+        """(place, record or Mistake) of each."""
+        return iter(self.found)
+
+
+Chunk = Lines | Records
 
 
 @dataclass(frozen=True)
@@ -49,16 +107,45 @@ class Source:
 
     def records(self) -> Iterator[Found]:
         """(place, record or Mistake) of all its files; a .jsonl and a .csv are read as they are consumed."""
-        if self.name.startswith(HUB):
-            yield from _hub(self.name)
-        for path in self.paths:
-            yield from _file(path)
+        for origin in self.paths or (self.name,):
+            for chunk in chunks(origin):
+                yield from chunk.records()
 
 
-def records(spec: str, folder: Path) -> Iterator[Found]:
-    """(place, record or Mistake) of everything a spec names, each once, whatever its weight; raises Refusal like `sources`."""
-    for source in sources(spec, folder):
-        yield from source.records()
+def chunks(origin: Path | str) -> Iterator[Chunk]:
+    """The content of one file, or of a data set of the hub by name, in pieces that other processes can work on."""
+    if isinstance(origin, str):
+        yield from _batched(_hub(origin))
+        return
+    name = origin.name.lower()
+    if name.endswith(".parquet"):
+        yield from _batched(_parquet(origin))
+        return
+    read = _csv if ".csv" in Path(name).suffixes else _lines if ".jsonl" in Path(name).suffixes else _list_or_lines
+    place = str(origin)
+    try:
+        with cast("IO[bytes]", gzip.open(origin) if name.endswith(".gz") else origin.open("rb")) as stream:
+            for chunk in read(origin, stream):  # the last place is told when the archive breaks
+                yield chunk
+                place = f"{origin}:{chunk.number + chunk.data.count(10)}" if isinstance(chunk, Lines) else chunk.found[-1][0]
+    except BROKEN_ARCHIVE as error:
+        text = f"{origin}: the archive breaks off after {place} ({error}) — compress the file anew"
+        yield Records(((str(origin), Mistake("broken_json", text)),))
+    except OSError as error:
+        raise Refusal(f"{origin}: cannot be read ({error.strerror or error})") from None
+
+
+def line_at(path: Path, start: int, length: int) -> bytes:
+    """A line of a .jsonl, by its place in bytes."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(length)
+
+
+def _batched(found: Iterable[Found]) -> Iterator[Records]:
+    waiting = iter(found)
+    while some := tuple(islice(waiting, CHUNK_RECORDS)):
+        yield Records(some)
 
 
 def sources(spec: str, folder: Path) -> list[Source]:
@@ -100,31 +187,16 @@ def _is_readable(path: Path) -> bool:
     return path.name.lower().endswith(READABLE)
 
 
-def _file(path: Path) -> Iterator[Found]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        yield from _parquet(path)
-        return
-    read = _csv if ".csv" in Path(name).suffixes else _lines if ".jsonl" in Path(name).suffixes else _list_or_lines
-    place = str(path)
-    try:
-        with cast("IO[bytes]", gzip.open(path) if name.endswith(".gz") else path.open("rb")) as stream:
-            for place, record in read(path, stream):  # the last place is told when the archive breaks
-                yield place, record
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield str(path), Mistake("broken_json", f"{path}: the archive breaks off after {place} ({error}) — compress the file anew")
-    except OSError as error:
-        raise Refusal(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
+def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Chunk]:
     first = next((line for line in stream if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     stream.seek(0)
-    if not first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+    if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        yield from _batched(_list(path, stream.read()))
+    else:
         yield from _lines(path, stream)
-        return
-    data = stream.read()
 
+
+def _list(path: Path, data: bytes) -> Iterator[Found]:
     def line(position: int) -> str:
         # In a file of one line its number would say nothing.
         return f"{path}:{data.count(10, 0, position) + 1}" if b"\n" in data else str(path)
@@ -137,7 +209,9 @@ def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
     except UnicodeDecodeError as error:
         yield str(path), Mistake("not_utf8", f"{line(error.start)}: byte {error.start} is not UTF-8 — save the file as UTF-8")
         return
-    found = _json(text, str(path), lines=True)
+    found = _quickly(data.removeprefix(BYTE_ORDER_MARK))
+    if found is None:
+        found = _json(text, str(path), lines=True)
     if isinstance(found, Mistake):
         yield str(path), found
         return
@@ -147,23 +221,51 @@ def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
         yield place, (_damage(record, place) or record) if escapes else record
 
 
-def _lines(path: Path, stream: IO[bytes]) -> Iterator[Found]:
-    for number, line in enumerate(stream, 1):  # bytes end with \n alone: a JSON text may hold U+2028 as it is
-        place = f"{path}:{number}"
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if not line.strip():
-            continue
+def _lines(path: Path, stream: IO[bytes]) -> Iterator[Lines]:
+    number, start = 1, 0
+    waiting: list[bytes] = []
+    size = 0
+    try:
+        for line in stream:  # bytes end with \n alone
+            waiting.append(line)
+            size += len(line)
+            if size >= CHUNK_BYTES:
+                yield Lines(path, number, start, b"".join(waiting))
+                number, start = number + len(waiting), start + size
+                waiting, size = [], 0
+    except BROKEN_ARCHIVE:
+        if waiting:  # what was read before the break is told before it
+            yield Lines(path, number, start, b"".join(waiting))
+        raise
+    if waiting:
+        yield Lines(path, number, start, b"".join(waiting))
+
+
+def _line(line: bytes, place: str) -> Any:
+    """The record of a line, or a Mistake that says which byte is wrong."""
+    found = _quickly(line)
+    if found is None:
         if (nul := line.find(b"\0")) >= 0:
-            yield place, Mistake("nul", f"{place}: byte {nul} of the line is NUL — the file is damaged, or UTF-16: save it as UTF-8")
-            continue
+            return Mistake("nul", f"{place}: byte {nul} of the line is NUL — the file is damaged, or UTF-16: save it as UTF-8")
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            yield place, Mistake("not_utf8", f"{place}: byte {error.start} of the line is not UTF-8 — save the file as UTF-8")
-            continue
-        record = _json(text, place)
-        yield place, (_damage(record, place) or record if "\\u" in text else record)
+            return Mistake("not_utf8", f"{place}: byte {error.start} of the line is not UTF-8 — save the file as UTF-8")
+        found = _json(text, place)
+    return _damage(found, place) or found if b"\\u" in line else found
+
+
+def _quickly(data: bytes) -> Any:
+    """The JSON value by orjson, which takes only what is beyond doubt; None: let the slow and talkative parser look at it."""
+    try:
+        # orjson would round integers of more than 64 bits.
+        return orjson.loads(data) if not re.search(rb"\d{19}", data) else None
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _without_mark(line: bytes, number: int) -> bytes:
+    return line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
 
 def _json(text: str, place: str, lines: bool = False) -> Any:
@@ -196,7 +298,11 @@ def _damage(record: Any, place: str) -> Mistake | None:
     return None
 
 
-def _csv(path: Path, stream: IO[bytes]) -> Iterator[Found]:
+def _csv(path: Path, stream: IO[bytes]) -> Iterator[Records]:
+    yield from _batched(_rows(path, stream))
+
+
+def _rows(path: Path, stream: IO[bytes]) -> Iterator[Found]:
     csv.field_size_limit(2**31 - 1)  # a conversation in one cell may be long
     # Bytes that are no UTF-8 become half characters, so that they are told by the row they stand in.
     wrapper = TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
@@ -246,16 +352,25 @@ def _parquet(path: Path) -> Iterator[Found]:
 
 
 def _hub(name: str) -> Iterator[Found]:
+    for index, row in enumerate(_rows_of_hub(name)):
+        yield f"{name}#{index}", _without_null(row)
+
+
+def content_name(name: str) -> str:
+    """What tells one version of a hub's data set from another."""
+    return f"{name} {getattr(_rows_of_hub(name), '_fingerprint', '')}"
+
+
+@cache
+def _rows_of_hub(name: str) -> Any:
     load = _load_dataset(name)
     dataset, _, split = name.removeprefix(HUB).partition(":")
     try:
-        rows = load(dataset, split=split or "train")
+        return load(dataset, split=split or "train")
     except Exception as error:  # of the network, of the hub, of the set's own files
         raise Refusal(
             f"{name}: the data set cannot be had ({_first_line(error)}) — where there is no network, copy its files here and name them"
         ) from None
-    for index, row in enumerate(rows):
-        yield f"{name}#{index}", _without_null(row)
 
 
 def _load_dataset(name: str) -> Callable[..., Iterable[dict[str, Any]]]:

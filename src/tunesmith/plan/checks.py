@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.shapes import ModelShape
@@ -37,7 +38,7 @@ def problems(
     shape the model's memory and layer names go unchecked.
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
-    found += _combination_problems(config, shape)
+    found += [*_data_problems(config), *_combination_problems(config, shape)]
     if any(line.startswith(("method.r=", "method.targets=", "data.max_tokens=")) for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
     return [*found, *_hardware_problems(config, machine, world_size, local_size or world_size, shape)]
@@ -94,6 +95,21 @@ def _batch_problems(config: Config, world_size: int, steps: int) -> Iterator[str
             f"optim.warmup_steps={config.optim.warmup_steps}: the run has only {steps} steps, so lr would never arrive "
             f"— type optim.warmup_steps={steps // 10}"
         )
+
+
+CANNOT_BE_KEPT = ("broken_json", "not_utf8", "nul", "malformed", "unknown_role", "loss_not_boolean", "tool_without_name", "no_target")
+TEMPLATES = ("auto", "own", "chatml", "llama3", "chatglm3")
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    for kind in CANNOT_BE_KEPT:
+        if getattr(config.data.check, kind) is Policy.keep:
+            yield f"data.check.{kind}=keep: there is nothing that could be kept — type data.check.{kind}=skip"
+    template = config.data.template
+    if template not in TEMPLATES and not template.endswith((".jinja", ".j2")):
+        yield f"data.template={template}: unknown — type one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
+    elif template not in TEMPLATES and not Path(template).is_file():
+        yield f"data.template={template}: no such file — type its path, or one of {', '.join(TEMPLATES)}"
 
 
 def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:

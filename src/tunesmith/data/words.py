@@ -1,0 +1,74 @@
+"""The tokens of a text word by word, from memory: several times as fast as the tokenizer alone, where that is provably the same.
+
+Byte-level BPE splits a text by a regular expression and merges inside the pieces only. In the expressions below a blank can
+only be the first character of a piece that has anything but blanks. So before a single blank between two visible characters
+a piece always ends, whatever stands around it, and what lies between two such places has the same tokens everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import chain
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+BOUNDARY = re.compile(r"(?<=\S)(?= \S)")
+REMEMBERED = 2**23
+"""Characters of words that are remembered."""
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+PATTERNS = {
+    # Llama 3, and Qwen 2 to 3; GPT-2's own is ByteLevel's with use_regex.
+    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+class Words:
+    """A memory of words in front of a tokenizer of the library `tokenizers` that encodes plain text."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._known: dict[str, list[int]] = {}
+        self._characters = 0
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, equal to the tokenizer's own."""
+        pieces = [BOUNDARY.split(text) for text in texts]
+        new = {piece for piece in chain.from_iterable(pieces) if piece not in self._known}
+        if new:
+            if self._characters > REMEMBERED:
+                self._known.clear()
+                self._characters = 0
+                new = set(chain.from_iterable(pieces))
+            listed = list(new)
+            self._known.update(zip(listed, (e.ids for e in self._backend.encode_batch_fast(listed, add_special_tokens=False)), strict=True))
+            self._characters += sum(map(len, listed))
+        return [list(chain.from_iterable(map(self._known.__getitem__, found))) for found in pieces]
+
+
+def splits_at_blanks(serialised: str) -> bool:
+    """Whether the memory may stand in front of this tokenizer (its tokenizer.json)."""
+    about = json.loads(serialised)
+    model, normalizer = about["model"], about.get("normalizer")
+    # An added token that is no special one is found in plain text too, and may reach over blanks.
+    added = [token for token in about.get("added_tokens", ()) if not token["special"]]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("dropout")
+        and (normalizer is None or normalizer["type"] == "NFC")  # a blank composes with nothing before it
+        and not any(token["lstrip"] or token["rstrip"] or token["single_word"] or re.search(r"\s", token["content"]) for token in added)
+        and _is_known(about.get("pre_tokenizer"))
+    )
+
+
+def _is_known(splitter: dict[str, Any] | None) -> bool:
+    steps = [] if splitter is None else splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    by_pattern = [
+        step["type"] == "Split" and step["pattern"].get("Regex") in PATTERNS and step["behavior"] == "Isolated" and not step["invert"]
+        for step in steps
+    ]
+    by_gpt2 = [step["type"] == "ByteLevel" and step["use_regex"] for step in steps]
+    harmless = [step["type"] == "Digits" or (step["type"] == "ByteLevel" and not step["use_regex"]) for step in steps]
+    return any(by_pattern + by_gpt2) and all(map(any, zip(by_pattern, by_gpt2, harmless, strict=True)))

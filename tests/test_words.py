@@ -1,0 +1,95 @@
+"""The memory of words gives the tokenizer's own tokens, and stands only where it can be proved to."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tests.conftest import ROOT
+from tunesmith.data.words import PATTERNS, Words, splits_at_blanks
+
+LLAMA3, QWEN2 = sorted(PATTERNS, key=lambda pattern: "{1,3}" not in pattern)
+SPLITTERS = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "with a prefix": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "llama3": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    ),
+    "qwen2": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN2), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    ),
+}
+
+
+def trained(splitter: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = splitter
+    made.decoder = decoders.ByteLevel()
+    texts = [(ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md", "docs/data.md")]
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(texts, trainer)
+    made.encode_special_tokens = True
+    return made
+
+
+@pytest.fixture(scope="module", params=SPLITTERS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return trained(SPLITTERS[request.param])
+
+
+PARTS = st.sampled_from(
+    ["a", "the", "word's", "'s", "I'LL", " ", "  ", "   ", "\n", " \n", "\n ", "\r\n", "\t", "\u00a0", "\u2028", "\x1c", "\x85", "\u3000", "1", "12",
+     "2026", ".", "...", "!?", "<|end|>", "é", "e\u0301", "\u0301", "元", "天气", "🙂", "\u200b", "_", "-", "\ufeff", "ß", "ﬁ", "½", "Ⅷ"]
+)  # fmt: skip
+TEXTS = st.lists(PARTS | st.text(max_size=4), max_size=24).map("".join)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_the_same_tokens(tokenizer: Tokenizer, texts: list[str]) -> None:
+    clean = [text.encode("utf-8", "ignore").decode() for text in texts]
+    words = Words(tokenizer)
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in clean]
+    assert words.encode_all(clean) == expected
+    assert words.encode_all(clean) == expected, "from memory"
+
+
+def test_real_texts(tokenizer: Tokenizer) -> None:
+    assert splits_at_blanks(tokenizer.to_str())
+    texts = [path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))]
+    assert Words(tokenizer).encode_all(texts) == [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.data import words as room
+
+    monkeypatch.setattr(room, "REMEMBERED", 1000)
+    made = trained(SPLITTERS["gpt2"])
+    words = Words(made)
+    for number in range(200):
+        text = " ".join(f"w{number}x{i}" for i in range(50))
+        assert words.encode_all([text]) == [made.encode(text, add_special_tokens=False).ids]
+        assert sum(map(len, words._known)) < 1000 + 2 * 50 * 8
+
+
+def test_where_it_may_not_stand() -> None:
+    made = trained(SPLITTERS["gpt2"])
+    assert splits_at_blanks(made.to_str())
+    made.normalizer = normalizers.NFKC()
+    assert not splits_at_blanks(made.to_str()), "a blank may come from another character"
+    for token in (AddedToken("two words", special=False), AddedToken("x", lstrip=True, special=False), AddedToken("y", single_word=True, special=False)):
+        made = trained(SPLITTERS["gpt2"])
+        made.add_tokens([token])
+        assert not splits_at_blanks(made.to_str()), token
+    for other in (pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(use_regex=False), pre_tokenizers.Split(Regex(r"\w+ ?"), "isolated")):
+        made.pre_tokenizer = other
+        assert not splits_at_blanks(made.to_str()), other
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel()])
+    assert not splits_at_blanks(made.to_str())
+    unigram = Tokenizer(models.Unigram([("a", -1.0)], 0))
+    unigram.pre_tokenizer = pre_tokenizers.ByteLevel()
+    assert not splits_at_blanks(unigram.to_str())
