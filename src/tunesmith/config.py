@@ -22,6 +22,8 @@ class Refusal(ValueError):
 class MethodKind(Enum):
     full = "full"
     lora = "lora"
+    prefix = "prefix"
+    prompt = "prompt"
 
 
 class Base(Enum):
@@ -41,10 +43,20 @@ class EngineKind(Enum):
     accelerate = "accelerate"
 
 
+class OptimKind(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    sgd = "sgd"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    wsd = "wsd"
 
 
 class DataFormat(Enum):
@@ -117,7 +129,8 @@ class Model:
 @dataclass
 class Method:
     kind: MethodKind = MethodKind.lora
-    """full trains every weight; lora trains low-rank adapters beside a frozen base."""
+    """full trains every weight; beside a frozen base, lora trains low-rank adapters, prefix the keys and values of virtual tokens in
+    every layer (P-Tuning v2), prompt the embeddings of virtual tokens."""
     base: Base = Base.as_is
     """How frozen weights are stored: as_is (in precision.compute), int8 (LLM.int8), nf4 (QLoRA, double quantisation)."""
     r: int = 16
@@ -130,6 +143,16 @@ class Method:
     """Names of the linear layers that get an adapter; all-linear: every one but the output head."""
     rslora: bool = False
     """Scale adapters by alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
+    b_lr_ratio: float = 1.0
+    """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
+    first_layer: int = 0
+    """Lowest layer that gets adapters: below it nothing is kept for backward, nor computed there."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that are trained in full beside the adapters (embed_tokens, lm_head), and saved with them."""
+    virtual_tokens: int = 20
+    """Virtual tokens of prefix and prompt tuning."""
 
 
 @dataclass
@@ -147,7 +170,11 @@ class Engine:
     offload: bool = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
     checkpointing: bool = False
-    """Recompute each layer's activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    checkpoint_every: int = 1
+    """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
+    fsdp: bool = False
+    """Split weights, gradients and optimizer over the ranks by PyTorch's FSDP2 (engine.kind=accelerate)."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 
@@ -261,14 +288,21 @@ class Train:
     """Steps between held-out losses; 0: only before and after."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
+    patience: int = 0
+    """Evaluations without a better held-out loss after which training ends early, with the best weights kept; 0: never."""
 
 
 @dataclass
 class Optim:
+    kind: OptimKind = OptimKind.adamw
+    """adamw (fused); adamw_8bit and the paged ones by bitsandbytes: less memory, state that moves to CPU memory when the card is full;
+    adafactor: a state of rows and columns; sgd with beta1 as momentum."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
-    """Shape after the warm-up: constant, linear or cosine, down to min_lr_ratio."""
+    """Shape after the warm-up: constant, linear or cosine, or constant with a linear end (wsd), down to min_lr_ratio."""
+    decay_share: float = 0.2
+    """Last share of the steps in which wsd decays."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.0
@@ -283,6 +317,10 @@ class Optim:
     """AdamW's denominator guard."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that is spread over the vocabulary (training only; held-out losses are without)."""
+    neftune_alpha: float = 0.0
+    """Strength of uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914: 5 to 15); 0: none."""
 
 
 @dataclass
