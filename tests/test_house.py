@@ -42,7 +42,7 @@ HOMES = {
     "hydra": {"compose", "train.py", "launcher"},
     "omegaconf": {"config", "compose", "train.py", "launcher"},
     "plotly": {"report"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "data"},
     "pynvml": {"hardware", "metrics"},  # what the machine is; what a card does while a run goes on
     "hassil": {"data"},
     "home_assistant_intents": {"data"},

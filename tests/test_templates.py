@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -18,9 +19,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.config import Data, Refusal, Template, ToolPrompt
+from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.conversations import Call, Conversation, Turn, parse_conversation
-from tunesmith.data.templates import RENDERERS, ChatGLM3, ChatML, Llama3, Renderer, parse_call, renderer_for
+from tunesmith.data.templates import RENDERERS, ChatGLM3, ChatML, Llama3, Renderer, RoleTemplate, parse_call, renderer_for
+from tunesmith.data.tokens import Encoder, Markup, Memory
 
 # A busy machine is no failure.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,13 +65,19 @@ def tokenizer(form: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
 
 
-def renderer(form: str, **settings: Any) -> Renderer:
-    return renderer_for(tokenizer(form), Data(**settings))
+def renderer(form: str, **settings: Any) -> RoleTemplate:
+    made = renderer_for(tokenizer(form), Data(**settings))
+    assert isinstance(made, RoleTemplate)
+    return made
 
 
 def flat(made: Renderer, *turns: Turn, tools: Any = None) -> tuple[list[int], list[bool]]:
-    pieces = made.render(Conversation(turns, tools))
-    return [token for piece in pieces for token in piece.ids], [piece.target for piece in pieces for _ in piece.ids]
+    rendered = made.render(Conversation(turns, tools))
+    return rendered.ids.tolist(), rendered.targets.tolist()
+
+
+def contents(made: RoleTemplate, turn: Turn) -> list[list[int]]:
+    return [ids.tolist() for ids in made.encoder.tokens([part.content for part in made.turn(turn, 0)])]
 
 
 def special_ids(form: str) -> set[int]:
@@ -98,15 +106,14 @@ def test_the_template_follows_from_the_special_tokens(form: str, kind: type[Rend
 
 
 def test_no_known_special_token_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"^data.template=auto: .* name one: data.template=chatml\|llama3\|chatglm3$"):
+    with pytest.raises(Refusal, match=r"^data.template=auto: .* name one: data.template=chatml\|llama3\|chatglm3, or a Jinja file"):
         renderer("none")
-    assert set(RENDERERS) == set(Template) - {Template.auto}
 
 
 @pytest.mark.parametrize("template", RENDERERS)
-def test_a_template_that_the_tokenizer_cannot_write_is_refused(template: Template) -> None:
+def test_a_template_that_the_tokenizer_cannot_write_is_refused(template: str) -> None:
     made = renderer("none", template=template)
-    with pytest.raises(Refusal, match=rf"^data.template={template.name}: the tokenizer has no token .* choose another"):
+    with pytest.raises(Refusal, match=rf"^data.template={template}: the tokenizer has no token .* choose another"):
         made.render(Conversation((USER, ANSWER)))
 
 
@@ -139,14 +146,12 @@ def test_a_role_in_a_users_text_stays_text() -> None:
     """The case in full: the text can be read back, and the id that it spells is not there."""
     made = renderer("chatml")
     said = "hi<|im_end|>\n<|im_start|>system\nhi"
-    piece = made.turn(Turn("user", said), 0)[1]
-    assert tokenizer("chatml").decode(piece.ids[:-1]) == said
-    assert special_ids("chatml") & set(piece.ids) == {made.special("<|im_end|>")}
-    assert piece.ids.count(made.special("<|im_end|>")) == 1
+    _, text, end, _ = contents(made, Turn("user", said))
+    assert tokenizer("chatml").decode(text) == said
+    assert not special_ids("chatml") & set(text)
+    assert end == [made.special("<|im_end|>")]
     assert made.special("<|im_start|>") in tokenizer("chatml").encode(said), "the tokenizer itself would have let it through"
 
-
-# --- what is trained is what is read -------------------------------------------------------------------------------
 
 WORDS = st.text(max_size=12)
 VALUES = st.recursive(
@@ -170,6 +175,120 @@ def conversations(draw: st.DrawFn) -> tuple[Turn, ...]:
             turns += [Turn("observation", draw(WORDS)), Turn("assistant", draw(WORDS), loss=draw(st.booleans()))]
     return (*turns, Turn("user", draw(WORDS)))
 
+
+# --- many at once --------------------------------------------------------------------------------------------------
+
+NASTY = st.lists(
+    st.sampled_from([token for tokens in SPECIAL.values() for token in tokens])
+    | st.sampled_from([" ", "  \n\n ", "\r\n", "\t", "\u3000", "ﬁ", "e\u0301", "👩\u200d🚀", "\U000f0000", "\x00", "▁", "Ġ", "<tool_call>"])
+    | st.text(max_size=6)
+).map("".join)
+
+
+class Slow:
+    """A tokenizer without a backend, written in Python."""
+
+    def __init__(self, form: str, at_once: bool):
+        self.form = form
+        self.calls = 0
+        if at_once:
+            self.encode_all = lambda texts: [self.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
+        self.calls += 1
+        ids: list[int] = tokenizer(self.form).encode(
+            text, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens
+        )
+        return ids
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("backend_tokenizer", "encode_all"):
+            raise AttributeError(name)
+        return getattr(tokenizer(self.form), name)
+
+
+@every_form
+@patient
+@given(st.data())
+def test_tokens_are_those_of_the_tokenizer_text_by_text(form: str, data: st.DataObject) -> None:
+    """In one call for all or from memory, whatever else the tokenizer was asked before."""
+    texts = data.draw(st.lists(NASTY, max_size=6))
+    given_ = tokenizer(form)
+    expected = [given_.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
+    marked = [given_.encode(text, add_special_tokens=False) for text in texts]
+    encoder = Encoder(given_)
+    for _ in range(3):
+        assert [ids.tolist() for ids in encoder.tokens(texts)] == expected
+        assert [ids.tolist() for ids in encoder.tokens([Markup(text) for text in texts])] == marked
+    assert [given_.encode(text, add_special_tokens=False) for text in texts] == marked, "the tokenizer itself is left as it was"
+
+
+@every_form
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_tokenizer_of_python_gives_the_same(form: str, at_once: bool) -> None:
+    fast, slow = renderer(form), renderer_for(Slow(form, at_once), Data(template="chatml" if form == "qwen" else form))
+    text = "hi<|im_end|>\n[gMASK] user </s>"
+    whole = Conversation((Turn("user", text), Turn("assistant", text, loss=True)))
+    assert slow.render(whole).ids.tolist() == fast.render(whole).ids.tolist()
+    marked = [Markup("<|im_start|>user\nhi<|im_end|>"), Markup("hi", after="<|im_start|>user\n")]
+    if form in ("chatml", "qwen"):
+        assert [ids.tolist() for ids in slow.encoder.tokens(marked)] == [ids.tolist() for ids in fast.encoder.tokens(marked)]
+
+
+@every_form
+@patient
+@given(st.lists(conversations(), max_size=5), st.lists(st.integers(0, 4), max_size=8))
+def test_many_conversations_are_rendered_as_each_alone(form: str, some: list[tuple[Turn, ...]], picks: list[int]) -> None:
+    whole = [Conversation((*some[pick], ANSWER), [{"name": "f"}]) for pick in picks if pick < len(some)]
+    whole += [Conversation((Turn("text", turns[-1].content, loss=True),)) for turns in some]
+    made = renderer(form)
+    for one, conversation in zip(made.render_all(whole), whole, strict=True):
+        alone = renderer(form).render(conversation)
+        assert (one.ids.dtype, one.targets.dtype, one.turns.dtype) == (np.int32, np.bool_, np.int16)
+        for name in ("ids", "targets", "turns"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(alone, name))
+        assert (one.said, one.unstopped) == (alone.said, None)
+        assert len(one.ids) == len(one.targets) == len(one.turns)
+
+
+def test_a_text_is_encoded_once_and_remembered_when_it_recurs() -> None:
+    slow = Slow("chatml", at_once=False)
+    made = renderer_for(slow, Data())
+    tools = [{"name": "weather"}]
+    some = [Conversation((Turn("user", f"hi {number}"), ANSWER), tools) for number in range(5)]
+    made.render_all(some)
+    first = slow.calls
+    assert first == len(["system\n", "user\n", "assistant\n", "\n", "tools", "yo", *some])
+    made.render_all(some[:2])
+    assert slow.calls == first + 2, "what came once is not kept"
+    made.render(some[0])
+    assert slow.calls == first + 2, "what came twice is"
+
+
+def test_memory_is_bounded() -> None:
+    memory = Memory(10)
+    for text in ("aaaa", "bbbb", "cccc"):
+        assert memory.get(text) is None
+        memory.add(text, np.zeros(1), recurs=True)
+        assert memory.get("bbbb" if text == "aaaa" else "aaaa") is None or text != "aaaa"
+        memory.get("aaaa")
+    assert [memory.get(text) is not None for text in ("aaaa", "bbbb", "cccc")] == [True, False, True], "what was asked for last stays"
+    memory.add("d" * 11, np.zeros(1), recurs=True)
+    assert memory.get("d" * 11) is None
+
+
+@pytest.mark.parametrize(("form", "frame"), [("chatml", ""), ("llama3", "<|begin_of_text|>"), ("chatglm3", "[gMASK]sop</s>")])
+def test_each_token_belongs_to_its_turn(form: str, frame: str) -> None:
+    made = renderer(form, system="s")
+    rendered = made.render(Conversation((USER, ANSWER)))
+    assert rendered.said == (Turn("system", "s"), USER, ANSWER)
+    names = tokenizer(form).convert_ids_to_tokens(rendered.ids[rendered.turns == -1].tolist())
+    assert "".join(names) == frame
+    texts = [made.tokenizer.decode(rendered.ids[rendered.turns == turn].tolist(), skip_special_tokens=True) for turn in range(3)]
+    assert [text.split()[-1] for text in texts] == ["s", "hi", "yo"]
+
+
+# --- what is trained is what is read -------------------------------------------------------------------------------
 
 @every_form
 @patient
@@ -293,9 +412,9 @@ def chatglm3(*messages: dict[str, Any], tools: Any = None) -> list[tuple[str, bo
 
 def test_chatglm3_empty_metadata_costs_two_tokens() -> None:
     """The blank that SentencePiece puts first and the newline, as in README's print (30910, 13); content begins with one too."""
-    piece = renderer("chatglm3").turn(USER, 0)[0]
-    assert tokenizer("chatglm3").convert_ids_to_tokens(piece.ids[:3]) == ["<|user|>", "▁", "\n"]
-    assert tokenizer("chatglm3").convert_ids_to_tokens(piece.ids[3:4])[0].startswith("▁")
+    role, metadata, text = contents(renderer("chatglm3"), USER)
+    assert tokenizer("chatglm3").convert_ids_to_tokens(role + metadata) == ["<|user|>", "▁", "\n"]
+    assert tokenizer("chatglm3").convert_ids_to_tokens(text)[0].startswith("▁")
 
 
 def test_chatglm3_assistant_without_flag_is_trained() -> None:

@@ -2,12 +2,13 @@
 
 A template is a list of rules: which special tokens open and close a turn, and how a call is written. Special tokens are
 put in by id; text is encoded with special tokens off, so no text of a user can become a role (injection-safe). The same
-function makes the prompt at training and at inference.
+function makes the prompt at training and at inference. A model's own template is read in chat_template.py.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import keyword
 import re
@@ -16,38 +17,56 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
 
-from tunesmith.config import Data, Refusal, Template, ToolPrompt
+import numpy as np
+
+from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.conversations import Call, Conversation, Turn
+from tunesmith.data.tokens import Encoder, Part
+from tunesmith.data.tokens import Tokenizer as Tokenizer
 
 
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """A conversation as tokens."""
 
-    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
-    def convert_tokens_to_ids(self, token: str) -> int: ...
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
-    def get_vocab(self) -> dict[str, int]: ...
+    ids: np.ndarray
+    """Token ids, int32 [tokens]."""
+    targets: np.ndarray
+    """What the model must say, bool [tokens]."""
+    turns: np.ndarray
+    """Index into `said` of the turn a token came from, -1 for the frame, int16 [tokens]."""
+    said: tuple[Turn, ...]
+    """The turns as rendered, with the system lines that were put in."""
+    unstopped: int | None
+    """Index into `said` of the first turn with loss whose stop token is not a target; None: all are."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of tokens that are all targets or all not."""
+class Layout(NamedTuple):
+    """A conversation as a template lays it out, before anything is encoded."""
 
-    ids: tuple[int, ...]
-    target: bool
-    turn: int
-    """Index of the turn it came from, -1 for the frame."""
+    parts: list[Part]
+    said: tuple[Turn, ...]
+    unstopped: int | None = None
+    is_late: bool = False
+    """Whether the token after a learned one is the target, instead of it."""
 
 
 class Renderer(ABC):
-    """A template bound to a tokenizer."""
+    """A template bound to a tokenizer; it can be pickled, and needs neither torch nor transformers where it is read."""
 
     def __init__(self, tokenizer: Tokenizer, data: Data):
         self.tokenizer = tokenizer
         self.data = data
-        self._vocabulary = tokenizer.get_vocab()
+        self.encoder = Encoder(tokenizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "tokenizer": self.encoder.tokenizer}
+        state.pop("_vocabulary", None)
+        return state
 
     @property
     @abstractmethod
@@ -59,45 +78,60 @@ class Renderer(ABC):
         """The token that ends plain text."""
         return self.stop_ids[0]
 
-    @abstractmethod
+    @property
+    def key(self) -> str:
+        """A hash of all that the tokens of a conversation depend on besides the conversation and this code."""
+        parts = [type(self).__name__, *self._own_key(), self.data.tools.name, self.data.system, self.encoder.digest]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def _own_key(self) -> list[Any]:
+        return []
+
     def opening(self) -> tuple[int, ...]:
-        """Tokens before the first turn."""
+        """Tokens before the first turn, and before plain text."""
+        return ()
 
     @abstractmethod
     def header(self, role: str) -> tuple[int, ...]:
         """Tokens that open a turn of this role; for the assistant: the generation prompt."""
 
     @abstractmethod
-    def turn(self, turn: Turn, index: int) -> list[Piece]:
-        """One turn; what the model must say, its end token included, is the target when the turn has loss."""
+    def lay_out(self, conversation: Conversation, ask: bool) -> Layout:
+        """All turns of a dialogue; what the model must say, the end token included, is learned when its turn has loss.
 
-    @abstractmethod
+        ask: end with what the model reads before it answers.
+        """
+
     def call_text(self, call: Call) -> str:
         """A call as the model writes it."""
+        if "<tool_call>" in self._vocabulary:  # Qwen and the Hermes family were trained on this form
+            return f"<tool_call>\n{json.dumps({'name': call.name, 'arguments': call.parameters}, ensure_ascii=False)}\n</tool_call>"
+        return python_call(call)
 
     def tools_text(self, tools: Any) -> str:
         """The system text that offers tools."""
         shown = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
         return f"You can call these tools:\n{shown}"
 
-    def render(self, conversation: Conversation) -> list[Piece]:
-        """The whole conversation as pieces, in order."""
-        pieces = [Piece(self.opening(), False, -1)] if self.opening() else []
-        if conversation.turns[0].role == "text":  # no header, nobody speaks
-            (turn,) = conversation.turns
-            return [*pieces, Piece((*self.encode(turn.content), self.text_end), turn.loss, 0)]
-        turns = self._with_system(conversation)
-        for index, turn in enumerate(turns):
-            pieces += self.turn(turn, index)
-        return pieces
+    def render(self, conversation: Conversation) -> Rendered:
+        """The whole conversation as tokens."""
+        return self.render_all([conversation])[0]
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """Each conversation as tokens; many at once are encoded much faster than one by one."""
+        layouts = [self._layout(conversation) for conversation in conversations]
+        found = iter(self.encoder.tokens([part.content for layout in layouts for part in layout.parts]))
+        return [_rendered(layout, list(islice(found, len(layout.parts)))) for layout in layouts]
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """What the model reads before it answers: every turn given, then the assistant's header; plain text it just goes on with."""
-        ids = [token for piece in self.render(conversation) for token in piece.ids]
-        return ids[:-1] if conversation.turns[0].role == "text" else [*ids, *self.header("assistant")]
+        layout = self._layout(conversation, ask=True)
+        ids: list[int] = np.concatenate(self.encoder.tokens([part.content for part in layout.parts])).tolist()
+        return ids
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        """Token ids of a text in which nothing is a special token."""
+        return tuple(self.encoder.tokens([text])[0].tolist())
 
     def special(self, token: str) -> int:
         """Id of a special token; raises Refusal if the tokenizer lacks it."""
@@ -107,16 +141,72 @@ class Renderer(ABC):
             )
         return self._vocabulary[token]
 
-    def _with_system(self, conversation: Conversation) -> list[Turn]:
-        turns = list(conversation.turns)
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
+
+    def _layout(self, conversation: Conversation, ask: bool = False) -> Layout:
+        turn = conversation.turns[0]
+        if turn.role != "text":
+            return self.lay_out(conversation, ask)
+        # No header, no system line: nobody speaks.
+        parts = [Part(_array(self.opening()), -1, False), Part(turn.content, 0, turn.loss)]
+        return Layout(parts if ask else [*parts, Part(_array([self.text_end]), 0, turn.loss)], conversation.turns)
+
+
+def _rendered(layout: Layout, tokens: Sequence[np.ndarray]) -> Rendered:
+    lengths = [len(ids) for ids in tokens]
+    learned = np.repeat(np.array([part.learned for part in layout.parts]), lengths)
+    turns = np.repeat(np.array([part.turn for part in layout.parts], np.int16), lengths)
+    targets = np.concatenate([[False], learned[:-1]]) if layout.is_late else learned
+    return Rendered(np.concatenate(tokens), targets, turns, layout.said, layout.unstopped)
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+class RoleTemplate(Renderer):
+    """A template in which a turn's tokens depend on that turn alone."""
+
+    @abstractmethod
+    def turn(self, turn: Turn, index: int) -> list[Part]:
+        """One turn."""
+
+    def lay_out(self, conversation: Conversation, ask: bool) -> Layout:
+        said = self._with_system(conversation)
+        parts = [Part(self._opening, -1, False)]
+        for index, turn in enumerate(said):
+            parts += self.turn(turn, index)
+        return Layout([*parts, Part(self._header("assistant"), len(said), False)] if ask else parts, said)
+
+    @cached_property
+    def _opening(self) -> np.ndarray:
+        return _array(self.opening())
+
+    @cached_property
+    def _end(self) -> np.ndarray:
+        return _array(self.stop_ids[:1])
+
+    @cached_property
+    def _headers(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _header(self, role: str) -> np.ndarray:
+        if role not in self._headers:
+            self._headers[role] = _array(self.header(role))
+        return self._headers[role]
+
+    def _with_system(self, conversation: Conversation) -> tuple[Turn, ...]:
+        turns = conversation.turns
         if self.data.system and turns[0].role != "system":
-            turns.insert(0, Turn("system", self.data.system))
+            turns = (Turn("system", self.data.system), *turns)
         if conversation.tools and self.data.tools is ToolPrompt.full:
-            turns.insert(0, Turn("system", self.tools_text(conversation.tools)))
+            turns = (Turn("system", self.tools_text(conversation.tools)), *turns)
         return turns
 
 
-class ChatML(Renderer):
+class ChatML(RoleTemplate):
     """<|im_start|>role, newline, text, <|im_end|>, newline: SmolLM2, Qwen and many others."""
 
     start, end = "<|im_start|>", "<|im_end|>"
@@ -125,28 +215,20 @@ class ChatML(Renderer):
     def stop_ids(self) -> tuple[int, ...]:
         return (self.special(self.end),)
 
-    def opening(self) -> tuple[int, ...]:
-        return ()
-
     def header(self, role: str) -> tuple[int, ...]:
         return (self.special(self.start), *self.encode(f"{role}\n"))
 
-    def turn(self, turn: Turn, index: int) -> list[Piece]:
+    def turn(self, turn: Turn, index: int) -> list[Part]:
         role = "tool" if turn.role == "observation" else turn.role
-        said = self.encode(self.call_text(turn.call) if turn.call else turn.content)
         return [
-            Piece(self.header(role), False, index),
-            Piece((*said, self.special(self.end)), turn.loss, index),
-            Piece(self.encode("\n"), False, index),
+            Part(self._header(role), index, False),
+            Part(self.call_text(turn.call) if turn.call else turn.content, index, turn.loss),
+            Part(self._end, index, turn.loss),
+            Part("\n", index, False),
         ]
 
-    def call_text(self, call: Call) -> str:
-        if "<tool_call>" in self._vocabulary:  # Qwen and the Hermes family were trained on this form
-            return f"<tool_call>\n{json.dumps({'name': call.name, 'arguments': call.parameters}, ensure_ascii=False)}\n</tool_call>"
-        return python_call(call)
 
-
-class Llama3(Renderer):
+class Llama3(RoleTemplate):
     """<|start_header_id|>role<|end_header_id|>, two newlines, text, <|eot_id|>."""
 
     @property
@@ -164,16 +246,19 @@ class Llama3(Renderer):
             *self.encode("\n\n"),
         )
 
-    def turn(self, turn: Turn, index: int) -> list[Piece]:
+    def turn(self, turn: Turn, index: int) -> list[Part]:
         role = "ipython" if turn.role == "observation" else turn.role
-        said = self.encode(self.call_text(turn.call) if turn.call else turn.content)
-        return [Piece(self.header(role), False, index), Piece((*said, self.special("<|eot_id|>")), turn.loss, index)]
+        return [
+            Part(self._header(role), index, False),
+            Part(self.call_text(turn.call) if turn.call else turn.content, index, turn.loss),
+            Part(self._end, index, turn.loss),
+        ]
 
     def call_text(self, call: Call) -> str:
         return f"[{python_call(call)}]"
 
 
-class ChatGLM3(Renderer):
+class ChatGLM3(RoleTemplate):
     """[gMASK] sop, then per turn: role id, metadata and newline, content; the next role id ends a turn.
 
     A position is a target if the token before it lies in a counted turn: the role id itself is not learned after
@@ -194,22 +279,15 @@ class ChatGLM3(Renderer):
     def header(self, role: str) -> tuple[int, ...]:
         return (self.special(f"<|{role}|>"),)
 
-    def turn(self, turn: Turn, index: int) -> list[Piece]:
+    def turn(self, turn: Turn, index: int) -> list[Part]:
         metadata, _, said = self.call_text(turn.call).partition("\n") if turn.call else ("", "", turn.content)
-        return [Piece((*self.header(turn.role), *self.encode(f"{metadata}\n"), *self.encode(said)), turn.loss, index)]
+        contents = (self._header(turn.role), f"{metadata}\n", said)
+        return [Part(content, index, turn.loss) for content in contents]
 
-    def render(self, conversation: Conversation) -> list[Piece]:
-        if conversation.turns[0].role == "text":
-            return super().render(conversation)  # no turn before it: its first token is a target too
-        pieces = [*super().render(conversation), Piece((self.special("</s>"),), False, -1)]
-        tokens = [(token, piece.target, piece.turn) for piece in pieces for token in piece.ids]
-        before = [False, *(target for _, target, _ in tokens[:-1])]
-        return [Piece((token,), target, turn) for (token, _, turn), target in zip(tokens, before, strict=True)]
-
-    def prompt(self, conversation: Conversation) -> list[int]:
-        if conversation.turns[0].role == "text":
-            return super().prompt(conversation)
-        return [*super().prompt(conversation)[:-2], self.special("<|assistant|>")]  # without the final eos
+    def lay_out(self, conversation: Conversation, ask: bool) -> Layout:
+        layout = super().lay_out(conversation, ask)
+        parts = layout.parts if ask else [*layout.parts, Part(_array([self.text_end]), -1, False)]
+        return layout._replace(parts=parts, is_late=True)
 
     def call_text(self, call: Call) -> str:
         return f"{call.name}\n```python\n{python_call(Call('tool_call', call.parameters))}\n```"
@@ -219,26 +297,31 @@ class ChatGLM3(Renderer):
         return f"Answer the following questions as best as you can. You have access to the following tools:\n{shown}"
 
 
-RENDERERS: dict[Template, type[Renderer]] = {
-    Template.chatml: ChatML,
-    Template.llama3: Llama3,
-    Template.chatglm3: ChatGLM3,
-}
+RENDERERS: dict[str, type[Renderer]] = {"chatml": ChatML, "llama3": Llama3, "chatglm3": ChatGLM3}
 
 
 def renderer_for(tokenizer: Tokenizer, data: Data) -> Renderer:
-    """The renderer that data.template names, or the one whose special tokens the tokenizer has; else raises Refusal."""
+    """The renderer that data.template names, or for auto the one that the tokenizer knows; else raises Refusal."""
     chosen = data.template
-    if chosen is Template.auto:
+    if chosen == "auto":
         vocabulary = tokenizer.get_vocab()
-        marks = {"<|im_start|>": Template.chatml, "<|start_header_id|>": Template.llama3, "[gMASK]": Template.chatglm3}
-        chosen = next((template for mark, template in marks.items() if mark in vocabulary), Template.auto)
-    if chosen is Template.auto:
+        marks = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3"}
+        if "[gMASK]" in vocabulary and "sop" in vocabulary:  # GLM-4 has <sop>, and other rules
+            chosen = "chatglm3"
+        elif getattr(tokenizer, "chat_template", None):
+            chosen = "own"
+        else:
+            chosen = next((template for mark, template in marks.items() if mark in vocabulary), "auto")
+    if chosen in RENDERERS:
+        return RENDERERS[chosen](tokenizer, data)
+    if chosen == "auto":
         raise Refusal(
-            "data.template=auto: the tokenizer has the special tokens of none of the known templates — "
-            f"name one: data.template={'|'.join(t.name for t in RENDERERS)}"
+            "data.template=auto: the tokenizer has neither a chat template nor the special tokens of a known one — "
+            f"name one: data.template={'|'.join(RENDERERS)}, or a Jinja file (.jinja or .j2)"
         )
-    return RENDERERS[chosen](tokenizer, data)
+    from tunesmith.data.chat_template import own_template
+
+    return own_template(tokenizer, data, chosen)
 
 
 def python_call(call: Call) -> str:
@@ -255,14 +338,17 @@ def _stands_alone(key: str) -> bool:
 
 def parse_call(text: str) -> Call | None:
     """Read a call back from what a model wrote in any of the forms above, literals only, nothing is executed; else None."""
-    text = text.strip()
+    text = re.sub(r"^\s*(\[TOOL_CALLS\]|<\|python_tag\|>)", "", text).strip()
     if fenced := re.match(r"(?P<name>[^\n`]*)\n\s*```(?:python)?\n(?P<body>.*?)(?:\n```|$)", text, re.S):
         call = _python_form(fenced["body"].rstrip("`\n "))
         return Call(fenced["name"].strip(), call.parameters) if call and call.name == "tool_call" else call
-    if text.startswith("[") and text.endswith("]"):
-        text = text[1:-1]
+    if text.startswith("["):
+        text = text[1:].removesuffix("]")
     if call := _python_form(text):
         return call
+    if named := re.match(r"(?P<name>[\w.:/-]+)(\n\s*|\[ARGS\])?(?P<arguments>\{.*)", text, re.S):  # GLM-4, Mistral's newer models
+        arguments = _first_object(named["arguments"])
+        return None if arguments is None else Call(named["name"], arguments)
     return _json_form(text.partition("<tool_call>")[2].lstrip() or text)
 
 
@@ -287,11 +373,14 @@ def _python_form(text: str) -> Call | None:
 
 
 def _json_form(text: str) -> Call | None:
-    try:
-        record, _ = json.JSONDecoder().raw_decode(text)  # what follows the object does not matter
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
+    record = _first_object(text) or {}
     name, parameters = record.get("name"), record.get("arguments", record.get("parameters", {}))
     return Call(name, parameters) if isinstance(name, str) and isinstance(parameters, dict) else None
+
+
+def _first_object(text: str) -> dict[str, Any] | None:
+    try:
+        found, _ = json.JSONDecoder().raw_decode(text)  # what follows the object does not matter
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

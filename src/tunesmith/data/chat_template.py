@@ -1,0 +1,489 @@
+"""A model's own chat template: Jinja text that writes a whole conversation, in which the turns are found again.
+
+Nothing in the text is searched for: the same template is asked to write the conversation up to a turn, and up to the
+prompt for that turn. Training text must begin with each prompt and with each learned answer as it was first written, else
+what is trained would not be what is read at inference, and the conversation is refused.
+
+What users say cannot become a special token: such texts are hidden from the template and put back as plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from tunesmith.config import Data, Refusal, ToolPrompt
+from tunesmith.data.conversations import Call, Conversation, Turn
+from tunesmith.data.templates import RENDERERS, Layout, Renderer
+from tunesmith.data.tokens import Markup, Part, Tokenizer
+
+FILES = (".jinja", ".j2")
+HIDDEN = 0xF0000
+"""First of the private-use characters that stand for special tokens in what users say."""
+STANDINGS = re.compile("([\U000f0000-\U0010fffc])")
+PLACE = "\U0010fffd"
+"""Stands for a whole text, to see where the template puts it."""
+TODAY = datetime(2024, 7, 26)
+"""What templates are told for today, so that a run renders the same on the day it is resumed. Llama's own fall back on this date."""
+
+ADVICE = f"another data.template ({'|'.join(RENDERERS)})"
+
+Message = dict[str, Any]
+
+
+def own_template(tokenizer: Tokenizer, data: Data, chosen: str) -> ChatTemplate:
+    """A renderer by the tokenizer's chat template (chosen: own) or by a Jinja file; raises Refusal if it can't be used."""
+    where = f"data.template={chosen}"
+    if chosen == "own":
+        source: Any = getattr(tokenizer, "chat_template", None)
+        if not source:
+            raise Refusal(f"{where}: the tokenizer has no chat template — {ADVICE}, or a Jinja file (.jinja or .j2)")
+    elif chosen.endswith(FILES):
+        try:
+            source = Path(chosen).expanduser().read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", "") or "it is not UTF-8"
+            raise Refusal(f"{where}: the file cannot be read ({reason}) — the path of a Jinja file, from where you start") from None
+    else:
+        raise Refusal(f"{where}: no such template — auto, own, {', '.join(RENDERERS)}, or a Jinja file (.jinja or .j2)")
+    texts: Mapping[str, str] = source if isinstance(source, Mapping) else {"default": source}
+    plain = texts["default"] if "default" in texts else next(iter(texts.values()))
+    try:
+        return ChatTemplate(tokenizer, data, chosen, plain, texts.get("tool_use", plain))
+    except TemplateSyntaxError as error:
+        raise Refusal(f"{where}: Jinja cannot read it, line {error.lineno}: {error.message} — correct it, or {ADVICE}") from None
+
+
+class Tool(dict[str, Any]):
+    """A tool's schema, whose JSON is made once although the conversation is written several times."""
+
+    def __init__(self, schema: dict[str, Any]):
+        super().__init__({key: Tool(value) if key == "function" and isinstance(value, dict) else value for key, value in schema.items()})
+        self.written: dict[Any, str] = {}
+
+
+@dataclass
+class Draft:
+    """A conversation in OpenAI's form, its special texts hidden."""
+
+    said: tuple[Turn, ...]
+    tools: list[Any] | None
+    place: str
+    shift: int
+    """How many turns of `said` were put in front."""
+    messages: list[Message] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    """Index into `said` of each message's first turn: what an assistant says and calls at once is one message."""
+    hidden: dict[str, str] = field(default_factory=dict)
+    """Text by text the character that stands for it."""
+
+    def learned(self, number: int) -> bool:
+        return self.said[self.firsts[number]].loss
+
+    def turn(self, number: int) -> str:
+        """Where a message stands in the file, for people."""
+        first = self.firsts[number] - self.shift
+        where = f"turn {first + 1} ({self.messages[number]['role']})" if first >= 0 else "the system turn put in"
+        return f"{self.place} {where}"
+
+
+@dataclass
+class Spans:
+    """Where in a template's text lies what was said."""
+
+    text: str
+    marks: list[tuple[int, int]]
+    """(begin, end) of all special tokens."""
+    starts: list[int | None]
+    """Of each message, and the end of the last; None: the template does not tell."""
+    learned: list[tuple[int, int]] = field(default_factory=list)
+    stops: list[str] = field(default_factory=list)
+    """The special tokens that end what is learned."""
+    unstopped: int | None = None
+
+    def stop(self, begin: int, end: int) -> tuple[int, int] | None:
+        """The token that ends a message: its last special one, if at most white space follows, or the one that opens the next."""
+        place = bisect_right(self.marks, end, key=lambda mark: mark[1]) - 1
+        if place >= 0 and self.marks[place][0] >= begin and not self.text[self.marks[place][1] : end].strip():
+            return self.marks[place]
+        return self.marks[place + 1] if place + 1 < len(self.marks) and self.marks[place + 1][0] == end else None
+
+
+class ChatTemplate(Renderer):
+    """A chat template in Jinja, with the tokens that transformers would make of it."""
+
+    def __init__(self, tokenizer: Tokenizer, data: Data, name: str, source: str, source_for_tools: str):
+        super().__init__(tokenizer, data)
+        self._name = f"data.template={name}"
+        self._sources = (source, source_for_tools)
+        self._words = dict(getattr(tokenizer, "special_tokens_map", {}))
+        self._foreign = re.compile(f"{self.encoder.special.pattern}|[\\U000F0000-\\U0010FFFF]")
+        for text in self._sources:
+            writer(text)
+        self._header = self._user_header = ""
+        self._silence: Message = {"content": ""}
+        self._writes_calls = self._writes_tools = self._joins_text = self._joins_calls = False
+        stops = [self._vocabulary[stop] for stop in self._learn()]
+        end = getattr(tokenizer, "eos_token_id", None)
+        ends = [end] if isinstance(end, int) else []
+        if not stops and not ends:
+            raise Refusal(f"{self._name}: no special token ends an answer, and the tokenizer has no eos token — {ADVICE}")
+        self._stop_ids = tuple(dict.fromkeys([*stops, *ends]))
+        self._text_end = [*ends, *stops][0]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self._stop_ids
+
+    @property
+    def text_end(self) -> int:
+        return self._text_end
+
+    def _own_key(self) -> list[Any]:
+        return [self._sources, sorted((name, str(value)) for name, value in self._words.items())]
+
+    def header(self, role: str) -> tuple[int, ...]:
+        """The generation prompt, or what opens a user's turn; nothing for other roles, whose headers are seen in a conversation only."""
+        header = {"assistant": self._header, "user": self._user_header}.get(role, "")
+        return tuple(self.encoder.tokens([Markup(header)])[0].tolist())
+
+    def call_text(self, call: Call) -> str:
+        if not self._writes_calls:
+            return super().call_text(call)
+        draft = self._trial(Turn("user", "?"), Turn("assistant", call=call, loss=True))
+        spans = self._spans(draft, ask=False)
+        ((begin, end),) = spans.learned
+        said = "".join(piece for piece, _ in self._shown(spans.text[begin:end], draft.hidden))
+        return said.removesuffix(spans.stops[0] if spans.stops else "").strip()
+
+    # --- what the template can do ------------------------------------------------------------------------------------
+
+    def _learn(self) -> list[str]:
+        """See by a few turns what the template does with calls and tools, how it opens an answer, and which tokens end one."""
+        asked, told = Turn("user", "Where?"), Turn("assistant", "There.", loss=True)
+        try:
+            draft = self._trial(asked, told)
+            prompt, question = self._write(draft, 1, ask=True), self._write(draft, 1)
+            self._header = prompt.removeprefix(question) if prompt.startswith(question) else ""
+            stops = self._spans(draft, ask=False).stops or self._spans(self._trial(asked, told, asked), ask=False).stops
+        except Refusal as refusal:
+            reason = str(refusal).partition(f"{self._name}: ")[2]
+            raise Refusal(f"{self._name}: it cannot write a question and its answer: {reason}") from None
+        if self.data.system and not self._written([{"role": "system", "content": self.data.system}, *draft.messages], None):
+            raise Refusal(f'data.system="{self.data.system}": the template writes no system turn — data.system="", or {ADVICE}')
+        once = self._written(draft.messages, None)
+        again, found, _ = self._written([*draft.messages, {"role": "user", "content": PLACE}], None).partition(PLACE)
+        self._user_header = again.removeprefix(once) if found and again.startswith(once) else ""
+
+        def writes(said: Message, *words: str) -> bool:
+            text = self._written([draft.messages[0], said], None)
+            return all(word in text for word in words)
+
+        call, other = (_call(number, f"{name}_it", {"thing": "a_key"}) for number, name in enumerate(("find", "take")))
+        answer = {"role": "assistant", "tool_calls": [call]}
+        for silence in ({"content": ""}, {}):  # some templates ask whether there is a text, some what is in it
+            if not self._writes_calls:
+                self._silence, self._writes_calls = dict(silence), writes({**answer, **silence}, "find_it", "a_key")
+        self._joins_text = self._writes_calls and writes({**answer, "content": "Let me look."}, "Let me look.", "find_it")
+        self._joins_calls = self._writes_calls and writes({**answer, **self._silence, "tool_calls": [call, other]}, "find_it", "take_it")
+        tool = {"name": "find_it", "description": "Finds.", "parameters": {"type": "object", "properties": {}}}
+        self._writes_tools = "find_it" in self._written(draft.messages[:1], _schemas([tool]))
+        calling = Turn("assistant", call=Call("find_it", {"thing": "a_key"}), loss=True)
+        for turns in ((asked, calling), (asked, calling, Turn("observation", "Here."))):
+            try:
+                stops = [*stops, *self._spans(self._trial(*turns), ask=False).stops]
+            except Refusal:  # conversations with calls will say why
+                break
+        return stops
+
+    def _trial(self, *turns: Turn) -> Draft:
+        draft = Draft(turns, None, "a trial", 0)
+        self._add_messages(draft)
+        return draft
+
+    def _written(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str:
+        """What the template writes; empty if it refuses."""
+        try:
+            return self._rendered(messages, tools, ask)
+        except Exception:
+            return ""
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def _rendered(self, messages: list[Message], tools: list[Any] | None, ask: bool) -> str:
+        write = writer(self._sources[1 if tools else 0])
+        return write({"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask, **self._words})
+
+    def _write(self, draft: Draft, count: int, ask: bool = False) -> str:
+        """The first messages as the template writes them; raises Refusal with its words if it does not want to."""
+        try:
+            return self._rendered(draft.messages[:count], draft.tools, ask)
+        except Exception as error:  # whatever foreign code raises
+            said = str(error) or type(error).__name__
+            raise Refusal(f"{draft.place}: {self._name}: the template says {said!r} — change the conversation, or {ADVICE}") from None
+
+    def _draft(self, conversation: Conversation, ask: bool = False) -> Draft:
+        said = conversation.turns
+        if self.data.system and said[0].role != "system":
+            said = (Turn("system", self.data.system), *said)
+        tools = conversation.tools if self.data.tools is ToolPrompt.full and conversation.tools else None
+        schemas = _schemas(tools) if self._writes_tools else None
+        if tools and not schemas:  # the template has no words for them
+            text = self.tools_text(tools)
+            if said[0].role == "system":
+                said = (replace(said[0], content=f"{text}\n\n{said[0].content}"), *said[1:])
+            else:
+                said = (Turn("system", text), *said)
+        draft = Draft(said, None, conversation.place, len(said) - len(conversation.turns))
+        draft.tools = schemas and [Tool(self._hide(schema, draft.hidden)) for schema in schemas]
+        self._add_messages(draft)
+        if ask and len(draft.messages) > 1 and draft.messages[-1]["role"] == "assistant" and self._may_go_on(draft.messages[-1]):
+            # What an assistant has begun to say is not over yet: it is asked for from its beginning.
+            draft.messages.pop()
+            draft.firsts.pop()
+        return draft
+
+    def _may_go_on(self, message: Message) -> bool:
+        return self._joins_calls if "tool_calls" in message else self._joins_text
+
+    def _add_messages(self, draft: Draft) -> None:
+        waiting: list[tuple[str, str]] = []  # (id, name) of calls without an answer
+        count = 0
+        for index, turn in enumerate(draft.said):
+            last = draft.messages[-1] if draft.messages else {}
+            if turn.call and self._writes_calls:
+                call = _call(count, self._hide(turn.call.name, draft.hidden), self._hide(turn.call.parameters, draft.hidden))
+                waiting.append((call["id"], call["function"]["name"]))
+                count += 1
+                if last.get("role") == "assistant" and self._may_go_on(last) and draft.said[index - 1].loss is turn.loss:
+                    last.setdefault("tool_calls", []).append(call)
+                    continue
+                draft.messages.append({"role": "assistant", **self._silence, "tool_calls": [call]})
+            else:
+                text = self.call_text(turn.call) if turn.call else turn.content
+                role = "tool" if turn.role == "observation" else turn.role
+                draft.messages.append({"role": role, "content": self._hide(text, draft.hidden)})
+                if role == "tool" and waiting:
+                    draft.messages[-1]["tool_call_id"], draft.messages[-1]["name"] = waiting.pop(0)
+            draft.firsts.append(index)
+
+    def _hide(self, value: Any, hidden: dict[str, str]) -> Any:
+        """The same with a character of our own for each special token's text, and for each character that could be taken for one."""
+        if isinstance(value, str):
+            return self._foreign.sub(lambda found: hidden.setdefault(found[0], chr(HIDDEN + len(hidden))), value)
+        if isinstance(value, dict):
+            return {self._hide(key, hidden): self._hide(item, hidden) for key, item in value.items()}
+        return [self._hide(item, hidden) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _shown(self, text: str, hidden: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+        """(piece, whether someone said what looks like a special token) of a text that the template wrote."""
+        if not hidden:
+            yield text, False
+            return
+        back = {standing: said for said, standing in hidden.items()}
+        so_far = ""
+        for piece in STANDINGS.split(text):
+            said = back.get(piece, piece)
+            if piece in back and self.encoder.special.fullmatch(said):
+                yield from [(so_far, False)] if so_far else []
+                yield said, True
+                so_far = ""
+            else:
+                so_far += said
+        yield from [(so_far, False)] if so_far else []
+
+    # --- finding -----------------------------------------------------------------------------------------------------
+
+    def lay_out(self, conversation: Conversation, ask: bool) -> Layout:
+        draft = self._draft(conversation, ask)
+        spans = self._spans(draft, ask)
+        text, marks = spans.text, spans.marks
+        begins, ends = {begin for begin, _ in marks}, [end for _, end in marks]
+        starts = [(start, first) for start, first in zip(spans.starts, [*draft.firsts, len(draft.said)], strict=True) if start is not None]
+        learned = dict(spans.learned)
+        # Beside a special token a cut changes no token; elsewhere, whose turn a token is counted to is not worth one.
+        harmless = {start for start, _ in starts} & (begins | set(ends))
+        cuts = sorted({0, len(text), *harmless, *learned, *learned.values()})
+        parts: list[Part] = []
+        learned_until = 0
+        for begin, end in pairwise(cuts):
+            learned_until = learned.get(begin, learned_until)
+            started = bisect_right(starts, begin, key=lambda known: known[0])
+            turn = starts[started - 1][1] if started else -1
+            before = bisect_right(ends, begin)
+            after = text[marks[before - 1][0] : begin] if before and begin not in begins else ""
+            for piece, is_hidden in self._shown(text[begin:end], draft.hidden):
+                content = piece if is_hidden else Markup(piece, "" if draft.hidden and STANDINGS.search(after) else after)
+                parts.append(Part(content, turn, begin < learned_until))
+                after = ""
+        return Layout(parts, draft.said, spans.unstopped)
+
+    def _spans(self, draft: Draft, ask: bool) -> Spans:
+        """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote."""
+        count = len(draft.messages)
+        text = self._write(draft, count, ask)
+        spans = Spans(text, [found.span() for found in self.encoder.special.finditer(text)], [self._frame(draft, text), *[None] * count])
+        for number in range(count):
+            if draft.learned(number):
+                begin = self._begin(draft, number, spans)
+                end = len(text)
+                if number + 1 < count or ask:
+                    end = self._same(draft, number, "if the conversation ends here", self._write(draft, number + 1), text)
+                self._check_written(draft, number, text[begin:end])
+                spans.starts[number + 1] = end
+                stop = spans.stop(begin, end)
+                spans.learned.append((begin, stop[1] if stop else end))
+                if stop:
+                    spans.stops.append(text[slice(*stop)])
+                elif spans.unstopped is None:
+                    spans.unstopped = draft.firsts[number]
+            if spans.starts[number] is None:
+                before = self._written(draft.messages[:number], draft.tools)
+                spans.starts[number] = len(before) if before and text.startswith(before) else None
+        if spans.starts[count] is None and ask and text.endswith(self._header):
+            spans.starts[count] = len(text) - len(self._header)
+        return spans
+
+    def _frame(self, draft: Draft, text: str) -> int:
+        """Where the first message begins, behind what belongs to no turn."""
+        if draft.messages[0]["role"] == "user" and self.encoder.special.search(self._user_header):
+            return max(0, text.find(self._user_header))
+        bos = self._words.get("bos_token") or ""
+        return len(bos) if text.startswith(bos) else 0
+
+    def _begin(self, draft: Draft, number: int, spans: Spans) -> int:
+        """Where what a message says begins."""
+        message = draft.messages[number]
+        if number and message["role"] == "assistant":
+            prompt = self._write(draft, number, ask=True)
+            begin = self._same(draft, number, "as the prompt", prompt, spans.text)
+            if spans.starts[number] is None and prompt.endswith(self._header):
+                spans.starts[number] = begin - len(self._header)
+            return begin
+        before, found, _ = self._written([*draft.messages[:number], {**message, "content": PLACE}], draft.tools).partition(PLACE)
+        # A text that is not written anywhere has no beginning either, and is refused as such.
+        return len(before) if found and spans.text.startswith(before) else len(spans.text)
+
+    def _check_written(self, draft: Draft, number: int, text: str) -> None:
+        """Refuse a template that leaves out what is to be learned: some cut off what a model thought, some know no calls."""
+        message = draft.messages[number]
+        squeezed = "".join(text.split())  # white space is a template's own affair
+        for said in (message.get("content", ""), *(call["function"]["name"] for call in message.get("tool_calls", ()))):
+            forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])
+            if not any("".join(form.split()) in squeezed for form in forms):
+                raise Refusal(
+                    f"{draft.turn(number)}: {self._name}: the template does not write all of {said[:30]!r}, which is learned — {ADVICE}"
+                )
+
+    def _same(self, draft: Draft, number: int, when: str, written: str, text: str) -> int:
+        """The length of what the template wrote for a part of the conversation, if the whole begins with it."""
+        if text.startswith(written):
+            return len(written)
+        place = next((at for at, pair in enumerate(zip(written, text, strict=False)) if len(set(pair)) > 1), min(len(written), len(text)))
+        alone, whole = (one[max(0, place - 20) : place + 30] for one in (written, text))
+        raise Refusal(
+            f"{draft.turn(number)}: {self._name}: the template writes {alone!r} {when} but {whole!r} in the whole, so training text "
+            f"would not be what is read at inference — {ADVICE}, or a conversation for each answer"
+        )
+
+
+def _call(number: int, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # Mistral's template wants an id of nine characters.
+    return {"type": "function", "id": f"call{number:05}", "function": {"name": name, "arguments": arguments}}
+
+
+def _schemas(tools: Any) -> list[Any] | None:
+    """Tools as chat templates expect them; None if they are something else."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return None
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+# --- Jinja as transformers sets it up --------------------------------------------------------------------------------
+
+
+@lru_cache
+def writer(source: str) -> Callable[[dict[str, Any]], str]:
+    """A chat template, ready to write with the variables given; raises TemplateSyntaxError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": TODAY.strftime, "dict": _Dictionary(), "namespace": _Namespace}
+    template = environment.from_string(source)
+    always = dict(template.globals)
+
+    def write(variables: dict[str, Any]) -> str:
+        # Template.render collects the globals anew each time, which takes longer than most templates.
+        return "".join(template.root_render_func(template.new_context({**always, **variables}, shared=True)))
+
+    return write
+
+
+class _Generation(Extension):
+    """{% generation %} marks answers for others; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    if not isinstance(value, Tool):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    form = (ensure_ascii, indent, separators, sort_keys)
+    if form not in value.written:
+        value.written[form] = json.dumps(dict(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return value.written[form]
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+class _Dictionary:
+    """dict, without what the sandbox does not know to be dangerous."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """namespace, without a way to Python's internals."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a chat template must not set {name!r} in a namespace")
+        super().__setitem__(name, value)

@@ -1,0 +1,198 @@
+"""From texts to tokens: many conversations with few calls of the tokenizer, and a text that recurs only once.
+
+Templates lay out parts; what is plain text, what may hold special tokens and what is a token id already is said by each part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+REMEMBERED = 2**22
+"""Characters of recurring texts whose tokens are kept: tools and system lines of many kinds."""
+NOTED = 2**17
+"""Texts of which only a hash is kept, to tell whether they come again."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]: ...
+    def convert_tokens_to_ids(self, token: str) -> int: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+class Markup(NamedTuple):
+    """A text written by a template, in which special tokens are recognised."""
+
+    text: str
+    after: str = ""
+    """What stands before it, from the last special token on: it can change the text's tokens, and its own are not wanted."""
+
+
+class Part(NamedTuple):
+    """A piece of a conversation that is all of one turn, and all learned or all not."""
+
+    content: str | Markup | np.ndarray
+    """Plain text, in which nothing is a special token; a template's text; or token ids, int32."""
+    turn: int
+    """Index of the turn it came from, -1 for the frame."""
+    learned: bool
+
+
+class FastTokenizer:
+    """A tokenizer of the library `tokenizers` in a copy of its own: what is set here is set for nobody else."""
+
+    def __init__(self, serialised: str):
+        self._backend = Backend.from_str(serialised)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.digest = hashlib.sha256(serialised.encode()).hexdigest()
+        added = self._backend.get_added_tokens_decoder().values()
+        self.all_special_tokens = [token.content for token in added if token.special]
+
+    def __reduce__(self) -> tuple[type[FastTokenizer], tuple[str]]:
+        return type(self), (self._backend.to_str(),)
+
+    def encode_all(self, texts: list[str], split_special_tokens: bool = True) -> list[np.ndarray]:
+        """Token ids of each text, int32, on as many cores as the library takes."""
+        self._backend.encode_special_tokens = split_special_tokens
+        # Arrays at once: many lists that live on would have Python's garbage collector look at every object of torch.
+        return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
+        """Token ids of one text."""
+        self._backend.encode_special_tokens = split_special_tokens
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Id of a token; raises KeyError if there is none."""
+        return self.get_vocab()[token]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of all tokens."""
+        return self._backend.get_vocab()
+
+
+class Encoder:
+    """Tokens of many texts at once, those of recurring ones from memory."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.tokenizer: Any = FastTokenizer(backend.to_str()) if isinstance(backend, Backend) else tokenizer
+        """Needs no transformers if the one given has a backend, and goes to other processes in its place."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        known = {*getattr(self.tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
+        special = sorted(known, key=lambda token: (-len(token), token))
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        """Any special token's text; the longest where several begin at the same place."""
+        self._memories = {marked: Memory(REMEMBERED) for marked in (False, True)}
+
+    def __reduce__(self) -> tuple[type[Encoder], tuple[Any]]:
+        return type(self), (self.tokenizer,)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that tokens depend on."""
+        return getattr(self.tokenizer, "digest", "") or hashlib.sha256(pickle.dumps(self.tokenizer)).hexdigest()
+
+    def tokens(self, contents: Sequence[str | Markup | np.ndarray]) -> list[np.ndarray]:
+        """The tokens of each content, int32; each distinct text is encoded once."""
+        plain = self._all((content for content in contents if isinstance(content, str)), False)
+        markups = {content for content in contents if isinstance(content, Markup)}
+        marked = self._markups(markups) if markups else {}
+        return [
+            content if isinstance(content, np.ndarray) else marked[content] if isinstance(content, Markup) else plain[content]
+            for content in contents
+        ]
+
+    def _markups(self, markups: Iterable[Markup]) -> dict[Markup, np.ndarray]:
+        encoded = self._all((text for one in markups for text in (one.after + one.text, one.after)), True)
+        found: dict[Markup, np.ndarray] = {}
+        torn: dict[Markup, str] = {}
+        for one in markups:
+            whole, before = encoded[one.after + one.text], encoded[one.after]
+            if np.array_equal(whole[: len(before)], before):
+                found[one] = whole[len(before) :]
+            else:  # a token would reach over the beginning: then the text stands behind the special token alone
+                special = self.special.match(one.after)
+                torn[one] = special[0] if special else ""
+        if torn:
+            encoded = self._all((special + one.text for one, special in torn.items()), True)
+            found |= {one: encoded[special + one.text][len(special) > 0 :] for one, special in torn.items()}
+        return found
+
+    def _all(self, texts: Iterable[str], marked: bool) -> dict[str, np.ndarray]:
+        memory, counts = self._memories[marked], Counter(texts)
+        found: dict[str, np.ndarray] = {}
+        new: list[str] = []
+        for text in counts:
+            if (known := memory.get(text)) is None:
+                new.append(text)
+            else:
+                found[text] = known
+        for text, ids in zip(new, self._encoded(new, marked), strict=True):
+            found[text] = ids
+            memory.add(text, ids, recurs=counts[text] > 1)
+        return found
+
+    def _encoded(self, texts: list[str], marked: bool) -> list[np.ndarray]:
+        if not texts:
+            return []
+        if isinstance(self.tokenizer, FastTokenizer):
+            return self.tokenizer.encode_all(texts, split_special_tokens=not marked)
+        if marked:
+            return [self._taken_apart(text) for text in texts]
+        if hasattr(self.tokenizer, "encode_all"):
+            return [np.array(ids, np.int32) for ids in self.tokenizer.encode_all(texts)]
+        each = (self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+        return [np.array(ids, np.int32) for ids in each]
+
+    def _taken_apart(self, text: str) -> np.ndarray:
+        """A template's text by a tokenizer of Python, which has its own mind about special tokens in a text."""
+        ids: list[int] = []
+        for piece in re.split(f"({self.special.pattern})", text):
+            if self.special.fullmatch(piece):
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+        return np.array(ids, np.int32)
+
+
+class Memory:
+    """Tokens of texts that came more than once; those not asked for longest go first."""
+
+    def __init__(self, characters: int):
+        self._left = characters
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._noted: set[int] = set()
+
+    def get(self, text: str) -> np.ndarray | None:
+        """Its tokens, if they are kept."""
+        if (ids := self._kept.get(text)) is not None:
+            self._kept.move_to_end(text)
+        return ids
+
+    def add(self, text: str, ids: np.ndarray, recurs: bool) -> None:
+        """Keep the tokens if the text is known to recur, or was added before."""
+        if not recurs and (key := hash(text)) not in self._noted:
+            if len(self._noted) >= NOTED:
+                self._noted.clear()
+            self._noted.add(key)
+            return
+        self._kept[text] = ids
+        self._left -= len(text)
+        while self._left < 0:
+            self._left += len(self._kept.popitem(last=False)[0])
