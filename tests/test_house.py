@@ -24,26 +24,26 @@ CONF = ROOT / "conf"
 # The one list: a room imports only rooms before it, inside functions and for type checkers too.
 LADDER = (
     "config", "hardware", "world", "compose", "plan", "data", "model", "engine", "run", "metrics", "checkpoint", "loop",
-    "evaluate", "report", "chat", "cli",
+    "evaluate", "report", "doctor", "chat", "cli",
 )  # fmt: skip
 # What plans and refuses in half a second must not wait for torch (three seconds and more).
 TORCH_FREE = ("config", "hardware", "world", "compose", "plan", "run", "report", "cli", "data")
 
 # Each wrapped library is named in one room, so that one file knows its quirks. train.py and launcher/ are the doors.
 HOMES = {
-    "deepspeed": {"engine"},
+    "deepspeed": {"engine", "doctor"},  # the doctor tries whether what others use works at all
     "accelerate": {"engine"},
     "wandb": {"metrics"},
     "rich": {"metrics", "data", "report"},  # whoever talks to a terminal
     "peft": {"model"},
-    "bitsandbytes": {"model"},
+    "bitsandbytes": {"model", "doctor"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
     "hydra": {"compose", "train.py", "launcher"},
     "omegaconf": {"config", "compose", "train.py", "launcher"},
     "plotly": {"report"},
     "jinja2": {"report", "data"},
-    "pynvml": {"hardware", "metrics"},  # what the machine is; what a card does while a run goes on
+    "pynvml": {"hardware", "metrics", "doctor"},  # what the machine is; what a card does while a run goes on; what ails it
     "hassil": {"data"},
     "home_assistant_intents": {"data"},
 }
