@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.compose import compose, stored_config
+from tunesmith.compose import compose, drop_local_rank, stored_config
 from tunesmith.config import Config, Prepare, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.run import refuse
 
 if TYPE_CHECKING:
     from tunesmith.data import Conversation
-    from tunesmith.data.templates import Renderer, Rendered
+    from tunesmith.data.templates import Rendered, Renderer
 
 MOST_UNLIKELY = 10
 
@@ -29,21 +29,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check = data.add_parser("check", help="find what is wrong with files, and count what is in them")
     show = data.add_parser("show", help="show conversations as the model reads them, with what it learns marked")
     for one in (check, show):
-        one.add_argument("words", nargs="*", metavar="FILE|KEY=VALUE", help="files, folders or globs (none: those of +exp=NAME), and words as for train.py")
+        words = "files, folders or globs (none: what +exp=NAME reads), and words as for train.py"
+        one.add_argument("words", nargs="*", metavar="FILE|KEY=VALUE", help=words)
         one.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs no network")
         one.add_argument("-n", type=int, default=3, metavar="COUNT", help="conversations shown (3)")
         one.add_argument("--first", type=int, default=0, metavar="INDEX", help="the first one that is shown, from 0")
+    doctor = commands.add_parser("doctor", help="look for what would keep a run from starting, or slow it down")
+    doctor.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, e.g. +exp=lora_a10")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument("--matrix", action="store_true", help="what is legal on which card")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     chat.add_argument("--once", metavar="TEXT", help="answer this one text and leave")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
-    asked = parser.parse_args(arguments)
+    asked, more = parser.parse_known_args(drop_local_rank(list(sys.argv[1:] if arguments is None else arguments)))
+    if any(word.startswith("-") for word in more) or (more and not hasattr(asked, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # words after an option: argparse takes only those in one piece
+        asked.words += more
     try:
         if asked.command == "data":
             look_at_data(asked)
             return
+        if asked.command == "doctor":
+            from tunesmith.doctor import doctor as examine
+            from tunesmith.doctor import matrix_table
+
+            if asked.matrix:
+                print(matrix_table())
+                return
+            sys.exit(examine(asked.words, asked.json))
         if not (asked.run / "config.yaml").is_file():
             raise Refusal(f"{asked.run}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
         prepare_environment(on_cpu=this_machine().kind == "cpu")

@@ -1,0 +1,91 @@
+"""The `tunesmith data` commands, as one types them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_conversations
+from tunesmith import cli
+from tunesmith.config import Prepare, Refusal
+
+
+@pytest.fixture
+def words(tiny_model: Path, tmp_path: Path) -> list[str]:
+    return ["model=local", f"model.path={tiny_model}", f"data.cache={tmp_path / 'cache'}"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in tiny_conversations(30)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal ends the process; here it is raised."""
+
+    def refuse(refusal: Refusal) -> None:
+        raise refusal
+
+    monkeypatch.setattr(cli, "refuse", refuse)
+
+
+def test_files_take_the_place_of_what_the_experiment_reads() -> None:
+    config = cli.data_config(["a.jsonl", "+exp=lora_cpu", "b.jsonl", "data.max_tokens=99"])
+    assert (config.data.train, config.data.dev, config.data.test) == ("a.jsonl,b.jsonl", "", "")
+    assert (config.name, config.data.max_tokens, config.data.prepare) == ("lora_cpu", 99, Prepare.none)
+    config = cli.data_config(["a.jsonl", "data.dev=d.jsonl"])
+    assert (config.name, config.data.train, config.data.dev) == ("data", "a.jsonl", "d.jsonl")
+    config = cli.data_config(["+exp=lora_cpu"])
+    assert (config.data.train, config.data.dev, config.data.prepare) == ("train.json", "dev.json", Prepare.smart_home)
+
+
+def test_check_counts_and_ranks(file: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["data", "check", str(file), *words])
+    said = capsys.readouterr().out
+    assert "data.train: 30 conversations, 30 used" in said
+    assert re.search(r"tokens +[\d,]+, of which [\d,]+ targets", said)
+    assert re.search(rf"least like the rest.*\n +\d+\.\d\d  {re.escape(str(file))}:\d+  ", said)
+
+
+def test_check_refuses_and_still_counts(file: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with file.open("a") as stream:
+        stream.write('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}\n{oops\n')
+    with pytest.raises(Refusal) as refused:
+        cli.main(["data", "check", str(file), *words])
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith(f"{file}:31 turn 2: two user turns in a row")
+    assert lines[1].startswith(f"{file}:32: not JSON")
+    assert lines[2].startswith("data.train: 1 user_after_user, 1 broken_json — data.check.KIND=skip")
+    assert "data.train: 32 conversations, 30 used" in capsys.readouterr().out
+    cli.main(["data", "check", str(file), *words, "data.check.user_after_user=skip", "data.check.broken_json=skip"])
+    said = capsys.readouterr().out
+    assert "data.check.user_after_user=skip: data.train, of 32 conversations 1 are left out" in said
+    assert "data.check.broken_json=skip: data.train, of 32 conversations 1 are left out" in said
+
+
+def test_show_marks_what_is_learned(file: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["data", "show", str(file), "-n", "2", "--first", "1", *words])
+    said = capsys.readouterr().out
+    assert said.count("HassTurnOn(area='") == 2
+    assert re.search(r"«HassTurnOn\(area='garage'\)<\|im_end\|>»", said)
+    assert "«turn on" not in said
+
+
+def test_show_writes_a_page(file: Path, words: list[str], tmp_path: Path) -> None:
+    cli.main(["data", "show", str(file), "--html", str(tmp_path / "page.html"), *words])
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "HassTurnOn" in page
+    assert "garage" in page
+
+
+def test_a_missing_file_is_one_line(words: list[str], tmp_path: Path) -> None:
+    for command in ("check", "show"):
+        with pytest.raises(Refusal, match=r"nothing\.jsonl: no such file") as refused:
+            cli.main(["data", command, str(tmp_path / "nothing.jsonl"), *words])
+        assert len(str(refused.value).splitlines()) == 1
