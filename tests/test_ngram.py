@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tunesmith.data.examples import Example, ListedExamples
-from tunesmith.data.ngram import NgramModel, fit, rank_unlikely, sample
+from tunesmith.data.ngram import NgramModel, fit, rank_unlikely, sample, vocabulary_size
 
 A, B, C = 0, 1, 2
 
@@ -129,3 +131,28 @@ def test_ranking_takes_few_or_empty_conversations() -> None:
     (found,) = rank_unlikely(ListedExamples([nothing, example([A, B, C])]), 3)
     assert found.row == 1
     assert found.nats == pytest.approx(math.log(3)), "judged by a model of nothing"
+
+
+def test_the_vocabulary_has_room_for_every_id() -> None:
+    tokenizer: Any = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1, "<|special|>": 9})
+    assert vocabulary_size(tokenizer) == 10
+
+
+def test_the_baseline_is_made_once_for_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith import evaluate
+    from tunesmith.data import ngram
+
+    made = []
+    fitted = ngram.fit
+    monkeypatch.setattr(ngram, "fit", lambda *some: made.append(some) or fitted(*some))
+
+    def dataset(*dev: Example) -> Any:
+        train, test = ListedExamples([example([A, B, A, B])]), ListedExamples([])
+        renderer = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1, "c": 2, "d": 3}))
+        return SimpleNamespace(train=train, dev=ListedExamples(dev), test=test, renderer=renderer)
+
+    first, second = dataset(example([A, B, A, B])), dataset(example([A, C]))
+    wanted = fitted(first.train, 4).perplexity(first.dev)
+    assert [evaluate.baseline(one) for one in (first, first)] == [{"dev/ngram_perplexity": pytest.approx(wanted)}] * 2
+    assert evaluate.baseline(second)["dev/ngram_perplexity"] > wanted, "another one, although its training data are equal"
+    assert len(made) == 2

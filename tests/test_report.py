@@ -163,6 +163,17 @@ def test_only_after_was_evaluated(tmp_path: Path) -> None:
     assert "not evaluated ✓ as wanted r" in text
 
 
+def test_the_ngram_model_is_beaten_or_not(tmp_path: Path) -> None:
+    before = {"dev/perplexity": 20.5, "dev/ngram_perplexity": 8.85, "test/perplexity": 20.8, "test/ngram_perplexity": 8.23}
+    after = before | {"dev/perplexity": 1.42, "test/perplexity": 9.1}
+    text = seen(page_of(make_run(tmp_path / "a", evaluation__json={"before": before, "after": after})))
+    assert "dev/perplexity 20.5 1.42 −19.1 better dev/ngram_perplexity 8.85 8.85 beaten" in text
+    assert "test/ngram_perplexity 8.23 8.23 not beaten" in text
+    assert "n-gram perplexity That of a 3-gram model" in text
+    alone = seen(page_of(make_run(tmp_path / "b", evaluation__json={"before": before})))
+    assert "dev/ngram_perplexity 8.85 – –" in alone
+
+
 def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "empty", metrics__jsonl=""))
     assert "No steps yet" in page

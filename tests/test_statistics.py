@@ -98,7 +98,7 @@ def test_lengths() -> None:
         assert sum(bar.count for bar in bars) == len(lengths)
         assert bars[0].first == 1 and bars[-1].last >= 4096
         assert all(a.last + 1 == b.first for a, b in pairwise(bars))
-    assert FIRSTS == sorted(FIRSTS) and FIRSTS[0] == 1 and FIRSTS[-1] == 2**24
+    assert sorted(FIRSTS) == FIRSTS and FIRSTS[0] == 1 and FIRSTS[-1] == 2**24
 
 
 def test_lengths_beyond_every_bin() -> None:

@@ -5,26 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from tunesmith.config import Eval
 from tunesmith.data import Call, Dataset, Question
 from tunesmith.data.batches import held_out_batches
+from tunesmith.data.examples import Examples
 from tunesmith.data.templates import Renderer, parse_call
 from tunesmith.engine import Engine
 from tunesmith.loop import held_out
 from tunesmith.model import for_generation
 
+_BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
+"""By training examples, which each data set has for itself: the numbers before and after are the same."""
+
 
 def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int) -> dict[str, Any]:
-    """Losses on dev and test and the quality of generated answers, equal on all ranks; answers under "answers"."""
+    """Losses on dev and test, what an n-gram model reaches there, and the quality of generated answers, equal on all ranks.
+
+    The answers are under "answers".
+    """
     start = time.perf_counter()
     found: dict[str, Any] = {}
+    simple: dict[str, float] = engine.broadcast(baseline(dataset) if engine.world.is_main else {})
     for name in ("dev", "test"):
         if examples := getattr(dataset, name):
             batches = held_out_batches(examples, micro_batch, engine.world.rank, engine.world.size)
             found |= held_out(engine, batches, name)
+            found |= {key: value for key, value in simple.items() if key.startswith(f"{name}/")}
     questions = dataset.questions[: settings.conversations or None]
     if questions:
         answers = answer(engine, questions, dataset.renderer, settings)
@@ -33,6 +43,18 @@ def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int)
     found["conversations"] = len(questions)
     found["seconds"] = time.perf_counter() - start
     return found
+
+
+def baseline(dataset: Dataset) -> dict[str, float]:
+    """Perplexities of a 3-gram model of the training targets: a model that does not beat it has not learned more than phrases."""
+    parts = {"dev/ngram_perplexity": dataset.dev, "test/ngram_perplexity": dataset.test}
+    asked = {name: examples for name, examples in parts.items() if examples}
+    if asked and dataset.train not in _BASELINES:
+        from tunesmith.data.ngram import fit, vocabulary_size
+
+        model = fit(dataset.train, vocabulary_size(dataset.renderer.tokenizer))
+        _BASELINES[dataset.train] = {name: model.perplexity(examples) for name, examples in asked.items()}
+    return _BASELINES.get(dataset.train, {})
 
 
 @torch.no_grad()

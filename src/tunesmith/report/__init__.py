@@ -51,6 +51,8 @@ DEFINITIONS = {
     "padding share": "Padding tokens divided by computed tokens, over the whole run; 0 when batches are ragged.",
     "loss": "Mean cross-entropy over target tokens, in nats; a dev loss is taken on held-out conversations.",
     "perplexity": "exp(loss): as unsure as a choice among that many equally likely tokens. Lower is better.",
+    "n-gram perplexity": "That of a 3-gram model of the training targets on the same held-out targets: a model that does not beat it "
+    "has not learned more than phrases.",
     "intent accuracy": "Share of test conversations whose answer calls the wanted function.",
     "slot F1": "Harmonic mean of precision and recall over the (name, value) arguments of the calls.",
     "exact match": "Share of test conversations whose function and arguments are all as wanted.",
@@ -170,12 +172,22 @@ def evaluations(run: Path) -> Row:
         old, new = before.get(name), after.get(name)
         change = new - old if is_number(old) and is_number(new) else None
         better = "" if not change else "better" if (change < 0) == name.endswith(("loss", "perplexity")) else "worse"
-        measures.append({"name": name, "before": old, "after": new, "change": change, "better": better})
+        measure = {"name": name, "before": old, "after": new, "change": change, "better": better, "word": better}
+        measures.append(measure | beaten(name, new, after) if name.endswith("/ngram_perplexity") else measure)
     samples = [
         {**sample, "ok": {k: (sample.get(k) or "").strip() == sample["reference"].strip() for k in ("before", "after")}}
         for sample in found.get("samples") or []
     ]
     return {"measures": measures, "samples": samples, "of": after or before}
+
+
+def beaten(name: str, baseline: Any, after: Row) -> Row:
+    """What stands in the place of a change: whether the trained model beats a number that does not depend on it."""
+    reached = after.get(name.replace("ngram_", ""))
+    if not (is_number(baseline) and is_number(reached)):
+        return {"change": None}
+    better, word = ("better", "beaten") if reached < baseline else ("worse", "not beaten")
+    return {"change": None, "better": better, "word": word}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
