@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tunesmith.config import Base, Compute, Config, MethodKind, Refusal
-from tunesmith.model import attention
+from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
+from tunesmith.data.glm_tokenizer import GlmTokenizer
+from tunesmith.model import attention, glm
 from tunesmith.model.source import check_source, free_gib, model_folder
+from tunesmith.plan.shapes import glm_targets
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
@@ -81,6 +83,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; raises Refusal if there is none."""
     from transformers import AutoTokenizer
 
+    if glm.has_sentencepiece(folder):
+        return GlmTokenizer.from_pretrained(folder)
     try:
         return cast("Tokenizer", AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -112,8 +116,8 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         # backward would go on below the lowest adapter.
         base.get_input_embeddings()._forward_hooks.clear()
     model.train()
-    if config.method.base is Base.as_is:
-        model.to(device)
+    if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed:
+        model.to(device)  # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then
     return TargetLoss(model)
 
 
@@ -149,7 +153,8 @@ def _with_adapters(model: Any, config: Config) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     method = config.method
-    targets: str | list[str] = "all-linear" if method.targets == ["all-linear"] else method.targets
+    named = glm_targets(method.targets) if model.config.model_type == glm.NATIVE else method.targets
+    targets: str | list[str] = "all-linear" if named == ["all-linear"] else named
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=method.r,

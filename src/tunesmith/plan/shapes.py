@@ -12,10 +12,18 @@ from typing import Any
 Linear = tuple[str, int, int]
 """(name, inputs, outputs) of one linear layer."""
 
+# What ChatGLM calls its layers, and what they are in transformers' GLM, which is the same decoder and the one that is trained.
+GLM_LAYERS = {
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "dense": ("o_proj",),
+    "dense_h_to_4h": ("gate_up_proj",),
+    "dense_4h_to_h": ("down_proj",),
+}
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder with grouped-query attention and RMSNorm: Llama, Qwen2, Qwen3, Mistral, or ChatGLM (fused)."""
+    """A decoder with grouped-query attention and RMSNorm: Llama, Qwen2, Qwen3, Mistral, or GLM (fused)."""
 
     name: str
     layers: int
@@ -37,7 +45,7 @@ class ModelShape:
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys (Qwen3)."""
     fused: bool = False
-    """ChatGLM: one query_key_value and one dense_h_to_4h instead of five layers."""
+    """GLM: gate and up projection are one layer, gate_up_proj."""
 
     @property
     def query_width(self) -> int:
@@ -54,17 +62,10 @@ class ModelShape:
         """Linear layers of a decoder layer by what they read: input and output of attention, of the MLP."""
         h, q, kv, f = self.hidden, self.query_width, self.kv_width, self.intermediate
         ups = 2 if self.gated else 1
-        if self.fused:
-            return (
-                (("query_key_value", h, q + 2 * kv),),
-                (("dense", q, h),),
-                (("dense_h_to_4h", h, ups * f),),
-                (("dense_4h_to_h", f, h),),
-            )
         return (
             (("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv)),
             (("o_proj", q, h),),
-            (("gate_proj", h, f), ("up_proj", h, f))[2 - ups :],
+            (("gate_up_proj", h, ups * f),) if self.fused else (("gate_proj", h, f), ("up_proj", h, f))[2 - ups :],
             (("down_proj", f, h),),
         )
 
@@ -96,7 +97,8 @@ class ModelShape:
 
     def adapted(self, targets: Iterable[str]) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer that get an adapter; raises ValueError for an unknown name."""
-        wanted, names = set(targets), [name for name, _, _ in self.linears]
+        wanted = set(glm_targets(targets) if self.fused else targets)
+        names = [name for name, _, _ in self.linears]
         if wanted == {"all-linear"}:
             return self.linears
         if unknown := sorted(wanted - set(names)):
@@ -110,6 +112,11 @@ class ModelShape:
         return self.layers * sum(r * (inputs + outputs) for _, inputs, outputs in self.adapted(targets))
 
 
+def glm_targets(targets: Iterable[str]) -> list[str]:
+    """method.targets for a GLM, with ChatGLM's own names of layers turned into transformers'."""
+    return [name for target in targets for name in GLM_LAYERS.get(target, (target,))]
+
+
 def _qwen25(
     name: str, layers: int, hidden: int, heads: int, kv: int, dim: int, ffn: int, vocab: int = 151936
 ) -> ModelShape:
@@ -120,7 +127,7 @@ def _qwen3(name: str, layers: int, hidden: int, heads: int, ffn: int, tied: bool
     return ModelShape(name, layers, hidden, heads, 8, 128, ffn, 151936, 40960, tied=tied, qk_norm=True)
 
 
-def _chatglm(name: str, layers: int, vocab: int, positions: int) -> ModelShape:
+def _glm(name: str, layers: int, vocab: int, positions: int) -> ModelShape:
     return ModelShape(name, layers, 4096, 32, 2, 128, 13696, vocab, positions, qkv_bias=True, fused=True)
 
 
@@ -143,8 +150,9 @@ KNOWN: dict[str, ModelShape] = {
         ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
         ModelShape("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000, 2048),
         ModelShape("mistral-7b-v0.3", 32, 4096, 32, 8, 128, 14336, 32768, 32768),
-        _chatglm("chatglm3-6b", 28, 65024, 8192),
-        _chatglm("glm-4-9b", 40, 151552, 131072),
+        _glm("chatglm2-6b", 28, 65024, 32768),
+        _glm("chatglm3-6b", 28, 65024, 8192),
+        _glm("glm-4-9b", 40, 151552, 131072),
     )
 }
 
@@ -182,7 +190,8 @@ def shape_needs_files(path: str, known_as: str = "") -> bool:
 
 
 # Keys that a saved config.json may leave out since they equal the defaults of its own class.
-_KV_HEADS = {"llama": 0, "mistral": 8, "qwen2": 32, "qwen3": 32}
+_KV_HEADS = {"llama": 0, "mistral": 8, "qwen2": 32, "qwen3": 32, "glm": 2}
+_HEAD_DIM = {"qwen3": 128, "glm": 128}
 
 
 def _read(file: Path) -> ModelShape:
@@ -203,19 +212,20 @@ def _read(file: Path) -> ModelShape:
             raise ValueError(
                 f"its model_type {family!r}{' with mlp_bias' if given.get('mlp_bias') else ''} is not counted"
             )
-        heads, bias = given["num_attention_heads"], given.get("attention_bias", False)
+        heads, bias = given["num_attention_heads"], given.get("attention_bias", family == "glm")
         return ModelShape(
             name=family, layers=given["num_hidden_layers"], hidden=given["hidden_size"], heads=heads,
             kv_heads=given.get("num_key_value_heads") or _KV_HEADS[family] or heads,
-            head_dim=given.get("head_dim") or (128 if family == "qwen3" else given["hidden_size"] // heads),
+            head_dim=given.get("head_dim") or _HEAD_DIM.get(family) or given["hidden_size"] // heads,
             intermediate=given["intermediate_size"], vocab=given["vocab_size"],
             max_positions=given.get("max_position_embeddings", 32768), tied=given.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or bias, out_bias=bias and family != "qwen2", qk_norm=family == "qwen3",
+            qkv_bias=family == "qwen2" or bias, out_bias=bias and family not in ("qwen2", "glm"),
+            qk_norm=family == "qwen3", fused=family == "glm",
         )  # fmt: skip
     except KeyError as error:
         raise ValueError(
             f"model.path={file.parent}: config.json has no {error} — is it a causal language model?"
         ) from None
     except ValueError as error:
-        families = "llama, mistral, qwen2, qwen3, chatglm"
+        families = "llama, mistral, qwen2, qwen3, chatglm, glm"
         raise ValueError(f"model.path={file.parent}: {error} — shapes are known of {families}") from None
