@@ -12,6 +12,7 @@ import re
 from itertools import chain
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 
 BOUNDARY = re.compile(r"(?<=\S)(?= \S)")
@@ -30,11 +31,11 @@ class Words:
 
     def __init__(self, backend: Backend):
         self._backend = backend
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, tuple[int, ...]] = {}  # lists would be walked through by every garbage collection
         self._characters = 0
 
-    def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, equal to the tokenizer's own."""
+    def encode_all(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32, equal to the tokenizer's own."""
         pieces = [BOUNDARY.split(text) for text in texts]
         new = {piece for piece in chain.from_iterable(pieces) if piece not in self._known}
         if new:
@@ -43,9 +44,10 @@ class Words:
                 self._characters = 0
                 new = set(chain.from_iterable(pieces))
             listed = list(new)
-            self._known.update(zip(listed, (e.ids for e in self._backend.encode_batch_fast(listed, add_special_tokens=False)), strict=True))
+            encodings = self._backend.encode_batch_fast(listed, add_special_tokens=False)
+            self._known.update(zip(listed, (tuple(encoding.ids) for encoding in encodings), strict=True))
             self._characters += sum(map(len, listed))
-        return [list(chain.from_iterable(map(self._known.__getitem__, found))) for found in pieces]
+        return [np.array([*chain.from_iterable(map(self._known.__getitem__, found))], np.int32) for found in pieces]
 
 
 def splits_at_blanks(serialised: str) -> bool:
