@@ -60,7 +60,7 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248, "tinyllama-1.1b": 1_100_048_384, "mistral-7b-v0.3": 7_248_023_552,
-    "chatglm3-6b": 6_243_584_000, "glm-4-9b": 9_399_951_360,
+    "chatglm2-6b": 6_243_584_000, "chatglm3-6b": 6_243_584_000, "glm-4-9b": 9_399_951_360,
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def transformers_config(shape: ModelShape) -> PretrainedConfig:
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied, max_position_embeddings=shape.max_positions,
     )  # fmt: skip
-    if shape.fused:  # ChatGLM's own code is not in transformers; GLM is the same decoder
+    if shape.fused:
         return GlmConfig(**sizes, head_dim=shape.head_dim, attention_bias=shape.qkv_bias, pad_token_id=0)
     if shape.qk_norm:
         return Qwen3Config(**sizes, head_dim=shape.head_dim)
@@ -93,13 +93,14 @@ def test_weights_are_counted_exactly(name: str) -> None:
 def test_adapter_weights() -> None:
     assert KNOWN["smollm2-135m"].adapter_weights(16, ["all-linear"]) == 4_884_480  # as PEFT prints for this model
     chatglm = KNOWN["chatglm3-6b"]
-    assert chatglm.adapter_weights(8, ["query_key_value"]) == 28 * 8 * (4096 + 4608) == 1_949_696
-    assert [name for name, _, _ in chatglm.linears] == ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    assert chatglm.linears[2][2] == 2 * 13696
+    # Three layers in transformers; as one, with one A for all, the guide's adapter has 28 * 8 * (4096 + 4608) = 1,949,696.
+    assert chatglm.adapter_weights(8, ["query_key_value"]) == 28 * 8 * (8192 + 2 * 4352) == 3_784_704
+    assert [name for name, _, _ in chatglm.linears] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert chatglm.linears[4][2] == 2 * 13696
     with pytest.raises(
-        ValueError, match=r"method.targets=q_proj: not in chatglm3-6b — type some of query_key_value, dense, "
+        ValueError, match=r"method.targets=up_proj: not in chatglm3-6b — type some of q_proj, k_proj, "
     ):
-        chatglm.adapter_weights(8, ["q_proj", "dense"])
+        chatglm.adapter_weights(8, ["up_proj", "dense"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 BOUNDARY = re.compile(r"(?<=\S)(?= \S)")
-REMEMBERED = 2**23
+REMEMBERED = 2**22
 """Characters of words that are remembered."""
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERNS = {

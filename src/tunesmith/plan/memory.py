@@ -127,11 +127,12 @@ def layer_activation_bytes(shape: ModelShape, config: Config) -> int:
     # SwiGLU: gate, silu(gate), up.
     saved += 3 * c * f if shape.gated else 2 * c * f
     # What a trained linear layer or adapter reads: once for all that read the same (the attention's output is counted
-    # above), but a copy for each where dropout makes one, with a 1-byte mask, or autocast (accelerate in halves) does.
+    # above, but GLM's projection reads a copy, as it puts its half-rotated heads together heads first), and a copy for each
+    # where dropout makes one, with a 1-byte mask, or autocast (accelerate in halves) does.
     copies = (bool(method.dropout) and not full) or (config.engine.kind is EngineKind.accelerate and c == 2)
     for number, block in enumerate(shape.blocks):
         widths = [linear[1] for linear in block if linear in adapted]
-        saved += c * sum(widths) if copies else c * max(widths, default=0) * (number != 1)
+        saved += c * sum(widths) if copies else c * max(widths, default=0) * (number != 1 or shape.fused)
     if not full:
         saved += c * method.r * len(adapted)  # Ax, which B reads
         saved += sum(inputs for _, inputs, _ in adapted) if method.dropout else 0
