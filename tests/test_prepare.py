@@ -18,9 +18,12 @@ import pytest
 from tests.conftest import ROOT, environment, tiny_conversations
 from tests.conftest import read as parsed
 from tests.test_templates import renderer
+from tunesmith.compose import compose
 from tunesmith.config import Data, Policy, Refusal
 from tunesmith.data import prepare
 from tunesmith.data.parts import Part, read_parts
+from tunesmith.hardware import Machine
+from tunesmith.plan import problems, shape_of
 
 
 def settings(folder: Path, **words: Any) -> Data:
@@ -303,3 +306,18 @@ def test_each_kind_of_mistake_can_be_skipped_and_is_counted(policy: Policy, tmp_
     else:
         assert part.problems(data) == []
         assert [note.split(":")[0] for note in part.notes(data)] == [f"data.check.{kind}=skip" for kind, _ in part.findings.tallies]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("data.check.broken_json=keep", "data.check.broken_json=keep: there is nothing that could be kept — type data.check.broken_json=skip"),
+        ("data.check.leak=keep", ""),
+        ("data.template=chatlm", "data.template=chatlm: unknown — type one of auto, own, chatml, llama3, chatglm3, or the path of a .jinja file"),
+        ("data.template=nowhere.jinja", "data.template=nowhere.jinja: no such file — type its path, or one of auto, own, chatml, llama3, chatglm3"),
+    ],
+)
+def test_the_plan_refuses_what_data_cannot_do(words: str, said: str) -> None:
+    config = compose(["+exp=lora_cpu", words])
+    found = problems(config, Machine(kind="cpu", cores=2, ram_gib=16), 1, shape_of("x/SmolLM2-135M"))
+    assert "\n".join(line for line in found if line.startswith("data.")) == said
