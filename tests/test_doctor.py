@@ -673,7 +673,7 @@ def test_packages_that_data_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.verdict, finding.fix) == ("fail", "pip install 'tunesmith[demo]'")
     config = compose(["name=x", "data=local", "model.path=/x", "data.train=hub:a/b"])
     (finding,) = inputs.data_findings(config, [])
-    assert (finding.verdict, finding.fix) == ("fail", "pip install 'tunesmith[tables]'")
+    assert (finding.verdict, finding.fix) == ("fail", "pip install 'tunesmith[hub]'")
 
 
 # --- the world outside ---------------------------------------------------------------------------------------------

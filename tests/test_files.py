@@ -8,13 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tests.conftest import read, tiny_conversations
 from tests.test_templates import renderer
 from tunesmith.compose import compose
 from tunesmith.config import Config, Data, Overlong, Refusal
 from tunesmith.data import load
+from tunesmith.data.conversations import parse_conversation
 from tunesmith.data.files import Mistake, sources
 from tunesmith.data.parts import read_parts
 from tunesmith.model import load_tokenizer
@@ -61,6 +64,27 @@ def test_csv(tmp_path: Path) -> None:
     found = read("t.csv", tmp_path)
     assert [turn.content for turn in found[0].turns] == ["q", "a", "Say, please", "A"]
     assert [turn.content for turn in found[1].turns] == ["Line\nbreak\nx", "B"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """Nested columns, where every struct has the keys of all others, and columns of JSON in text."""
+    records = [conversation | {"metadata": {"id": number}} for number, conversation in enumerate(tiny_conversations(6))]
+    table = [json.loads(json.dumps(record)) for record in records]
+    for record in table:
+        for turn in record["conversations"]:
+            if "observation" in turn:
+                turn["observation"] = json.dumps(turn["observation"])
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "nested.parquet")
+    parquet.write_table(
+        pa.Table.from_pylist([{"conversations": json.dumps(record["conversations"]), "tools": ""} for record in records]), tmp_path / "text.parquet"
+    )
+    expected = [parse_conversation(record, "").turns for record in records]
+    assert [conversation.turns for conversation in read("nested.parquet", tmp_path)] == expected
+    assert [conversation.turns for conversation in read("text.parquet", tmp_path)] == expected
+    assert [conversation.place for conversation in read("text.parquet", tmp_path)][5] == f"{tmp_path}/text.parquet#5"
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "text.parquet").read_bytes()[:-9])
+    with pytest.raises(Refusal, match=r"broken\.parquet: cannot be read as Parquet \(.*\) — write the file anew"):
+        texts("broken.parquet", tmp_path)
 
 
 def test_weights_are_copies_and_a_fixed_subset(tmp_path: Path) -> None:

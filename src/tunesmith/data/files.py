@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import orjson
+from pyarrow import ArrowException, parquet
 
 from tunesmith.config import Refusal
 
@@ -335,6 +336,8 @@ def _cells(record: dict[str, Any], place: str) -> dict[str, Any] | Mistake:
         text = record.get(key, "")
         if text == "":
             record.pop(key, None)
+        elif not isinstance(text, str):  # a column of lists or structs
+            continue
         elif key in ("conversations", "messages") or text.lstrip().startswith(("[", "{")):
             record[key] = _json(text, f"{place}: {key}")
             if isinstance(record[key], Mistake):
@@ -343,11 +346,12 @@ def _cells(record: dict[str, Any], place: str) -> dict[str, Any] | Mistake:
 
 
 def _parquet(path: Path) -> Iterator[Found]:
-    load = _load_dataset(str(path))
     try:
-        for index, row in enumerate(load("parquet", data_files=str(path), split="train", streaming=True)):
-            yield f"{path}#{index}", _without_null(row)
-    except Exception as error:  # of pyarrow, by whatever name
+        with parquet.ParquetFile(path) as table:
+            rows = (row for batch in table.iter_batches(CHUNK_RECORDS) for row in batch.to_pylist())
+            for index, row in enumerate(rows):
+                yield f"{path}#{index}", _cells(_without_null(row), f"{path}#{index}")
+    except ArrowException as error:
         raise Refusal(f"{path}: cannot be read as Parquet ({_first_line(error)}) — write the file anew") from None
 
 
@@ -377,7 +381,7 @@ def _load_dataset(name: str) -> Callable[..., Iterable[dict[str, Any]]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise Refusal(f"{name}: reading it needs the package datasets — pip install 'tunesmith[tables]'") from None
+        raise Refusal(f"{name}: reading it needs the package datasets — pip install 'tunesmith[hub]'") from None
     return load_dataset  # type: ignore[no-any-return]
 
 

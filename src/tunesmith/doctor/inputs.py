@@ -50,7 +50,7 @@ def data_findings(config: Config, words: list[str]) -> Iterator[Finding]:
             for source in sources(spec, folder):
                 if source.name.startswith(HUB):
                     if not find_spec("datasets"):
-                        yield fail("data", f"data.{part}={source.name}: needs the package datasets", "pip install 'tunesmith[tables]'")
+                        yield fail("data", f"data.{part}={source.name}: needs the package datasets", "pip install 'tunesmith[hub]'")
                     continue
                 place, record = next(source.records(), ("", None))
                 if not place:
