@@ -120,7 +120,7 @@ def chunks(origin: Path | str) -> Iterator[Chunk]:
         return
     name = origin.name.lower()
     if name.endswith(".parquet"):
-        yield from _batched(_parquet(origin))
+        yield from _parquet(origin)
         return
     read = _csv if ".csv" in Path(name).suffixes else _lines if ".jsonl" in Path(name).suffixes else _list_or_lines
     place = str(origin)
@@ -143,10 +143,11 @@ def line_at(path: Path, start: int, length: int) -> bytes:
         return stream.read(length)
 
 
-def _batched(found: Iterable[Found]) -> Iterator[Records]:
+def _batched(found: Iterable[Found], size: int = 0) -> Iterator[Records]:
+    """In pieces; size: bytes of one record, about."""
     waiting = iter(found)
     while some := tuple(islice(waiting, CHUNK_RECORDS)):
-        yield Records(some)
+        yield Records(some, size * len(some))
 
 
 def sources(spec: str, folder: Path) -> list[Source]:
@@ -192,7 +193,9 @@ def _list_or_lines(path: Path, stream: IO[bytes]) -> Iterator[Chunk]:
     first = next((line for line in stream if line.removeprefix(BYTE_ORDER_MARK).strip()), b"")
     stream.seek(0)
     if first.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-        yield from _batched(_list(path, stream.read()))
+        data = stream.read()
+        found = list(_list(path, data))
+        yield from _batched(found, len(data) // max(1, len(found)))
     else:
         yield from _lines(path, stream)
 
@@ -345,12 +348,12 @@ def _cells(record: dict[str, Any], place: str) -> dict[str, Any] | Mistake:
     return record
 
 
-def _parquet(path: Path) -> Iterator[Found]:
+def _parquet(path: Path) -> Iterator[Records]:
     try:
         with parquet.ParquetFile(path) as table:
             rows = (row for batch in table.iter_batches(CHUNK_RECORDS) for row in batch.to_pylist())
-            for index, row in enumerate(rows):
-                yield f"{path}#{index}", _cells(_without_null(row), f"{path}#{index}")
+            found = ((f"{path}#{index}", _cells(_without_null(row), f"{path}#{index}")) for index, row in enumerate(rows))
+            yield from _batched(found, path.stat().st_size // max(1, table.metadata.num_rows))
     except ArrowException as error:
         raise Refusal(f"{path}: cannot be read as Parquet ({_first_line(error)}) — write the file anew") from None
 

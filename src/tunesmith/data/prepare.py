@@ -492,11 +492,12 @@ def _in_worker(order: str, chunk: Chunk) -> Piece:
 def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time left, on a terminal; a line at the beginning and at the end elsewhere."""
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        if not bar.console.is_terminal:
-            print(f"{what}: {size / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
-        start, task = time.perf_counter(), bar.add_task(what, total=size)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"{what}: {size / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=size)
         yield lambda done: bar.update(task, advance=done)
-        if not bar.console.is_terminal:
-            bar.stop()
-            print(f"{what}: done in {time.perf_counter() - start:,.1f} s", file=sys.stderr, flush=True)
+    if not console.is_terminal:
+        print(f"{what}: done in {time.perf_counter() - start:,.1f} s", file=sys.stderr, flush=True)
