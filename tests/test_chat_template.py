@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +20,7 @@ from tests.test_templates import CALLS, patient, same
 from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.chat_template import ChatTemplate
 from tunesmith.data.conversations import Call, Conversation, Turn, parse_conversation
+from tunesmith.data.jinja import writer
 from tunesmith.data.templates import ChatGLM3, ChatML, Rendered, Renderer, parse_call, renderer_for
 
 # The templates below are written after those of the models, shortened: long instructions about tools are cut to a few words, and
@@ -241,6 +242,12 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+PHI3 = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 GLM4 = r"""[gMASK]<sop>
 {%- if tools -%}
 <|system|>
@@ -283,6 +290,7 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str, str]] = {  # text, special
         "</s>",
     ),
     "gemma": (GEMMA, ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>"),
+    "phi3": (PHI3, ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "", "<|endoftext|>"),
     "glm4": (
         GLM4,
         ("<|endoftext|>", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
@@ -290,7 +298,7 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str, str]] = {  # text, special
         "<|endoftext|>",
     ),
 }
-SYSTEMS = ("smollm2", "qwen2.5", "llama3.1", "glm4")
+SYSTEMS = ("smollm2", "qwen2.5", "llama3.1", "phi3", "glm4")
 CALLING = ("qwen2.5", "llama3.1", "mistral", "glm4")
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 every_caller = pytest.mark.parametrize("name", CALLING)
@@ -306,10 +314,13 @@ TOOLS = [{"name": "weather", "description": "Tells the weather.", "parameters": 
 
 @cache
 def tokenizer(name: str, kind: str = "bytes") -> Any:
-    """A tiny trained tokenizer with a template and its special tokens; pieces: as SentencePiece's are, a blank before the first."""
+    """A tiny trained tokenizer with a template and its special tokens.
+
+    pieces: as SentencePiece's are, a blank before the first; words: its special tokens are added as if they were words.
+    """
     text, special, bos, eos = TEMPLATES[name]
     backend = Backend(models.BPE())
-    if kind == "bytes":
+    if kind != "pieces":
         words_of = pre_tokenizers.Split(Regex(WORDS_OF_LLAMA3), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence([words_of, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         backend.decoder = decoders.ByteLevel()
@@ -319,7 +330,9 @@ def tokenizer(name: str, kind: str = "bytes") -> Any:
         backend.decoder = decoders.Metaspace(prepend_scheme="first")
         alphabet = [chr(code) for code in range(10, 127)] + ["▁"]
     learned = ["hi yo user assistant system tool observation weather city Berlin name arguments parameters ok done model\n\n"] * 9
-    backend.train_from_iterator(learned, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=list(special)))
+    added = () if kind == "words" else special
+    backend.train_from_iterator(learned, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=list(added)))
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in special if token not in added])
     words = {key: token for key, token in (("bos_token", bos), ("eos_token", eos)) if token}
     made = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **words)
     made.chat_template = text
@@ -391,7 +404,9 @@ def test_what_cannot_be_a_template_is_refused(tmp_path: Path) -> None:
     assert refused("own", "{{ messages.nobody.content }}").startswith(
         "data.template=own: it cannot write a question and its answer: the template says "
     )
-    assert refused("own", "{{ messages[-1].content }}").startswith("data.template=own: it cannot write a question and its answer: the template writes")
+    assert refused("own", "{{ messages[-1].content }}").startswith(
+        "data.template=own: it cannot write a question and its answer: the template does not write all of 'Where?'"
+    )
 
 
 def test_an_answer_that_nothing_can_end_is_refused() -> None:
@@ -467,8 +482,6 @@ def test_the_text_is_what_transformers_makes(source: str, data: st.DataObject) -
     ask = data.draw(st.booleans())
     given = tokenizer(name)
     theirs = given.apply_chat_template(said, tools=tools, chat_template=source, tokenize=False, add_generation_prompt=ask)
-    from tunesmith.data.chat_template import writer
-
     ours = writer(source)(
         {"messages": said, "tools": tools, "documents": None, "add_generation_prompt": ask, **given.special_tokens_map}
     )
@@ -476,12 +489,12 @@ def test_the_text_is_what_transformers_makes(source: str, data: st.DataObject) -
 
 
 @every_template
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
 @patient
 @given(st.data())
 def test_the_tokens_are_what_transformers_makes(name: str, kind: str, data: st.DataObject) -> None:
     """Token for token, where no text begins with white space: that could fuse with a header's end, which stays in the prompt here."""
-    texts = WORDS if kind == "bytes" else st.from_regex(r"[a-z][a-z \n{}:.]{0,8}[a-z]", fullmatch=True)
+    texts = WORDS if kind != "pieces" else st.from_regex(r"[a-z][a-z \n{}:.]{0,8}[a-z]", fullmatch=True)
     said = data.draw(messages(name, texts))
     has_tools = name in CALLING and (name != "mistral" or sum(message["role"] == "user" for message in said) == 1) and data.draw(st.booleans())
     tools = TOOLS if has_tools else None
@@ -551,7 +564,15 @@ def test_the_next_role_ends_an_answer_of_glm4_and_at_the_end_nothing_does() -> N
 
 STOPS = {
     "smollm2": ["<|im_end|>"], "qwen2.5": ["<|im_end|>"], "llama3.1": ["<|eot_id|>"], "mistral": ["</s>"],
-    "gemma": ["<end_of_turn>", "<eos>"], "glm4": ["<|user|>", "<|observation|>", "<|endoftext|>"],
+    "gemma": ["<end_of_turn>", "<eos>"], "phi3": ["<|end|>", "<|endoftext|>"], "glm4": ["<|user|>", "<|observation|>", "<|endoftext|>"],
+}  # fmt: skip
+
+
+# What opens and ends the turns of users and assistants: what is told to be special by a template, where a tokenizer does not.
+TURNS = {
+    "smollm2": ["<|im_start|>", "<|im_end|>"], "qwen2.5": ["<|im_start|>", "<|im_end|>"], "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
+    "llama3.1": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "phi3": ["<|user|>", "<|assistant|>", "<|end|>"], "glm4": ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>"],
 }  # fmt: skip
 
 
@@ -575,6 +596,9 @@ def test_each_token_belongs_to_its_turn(name: str) -> None:
     assert [text.split()[-1] for text in texts] == ["hi", "yo", "ok"]
     assert rendered.said == (USER, ANSWER, Turn("user", "ok"))
     frame = made.tokenizer.decode(rendered.ids[rendered.turns == -1].tolist())
+    if name == "phi3":
+        assert frame == "<|endoftext|>", "the template closes with it"
+        return
     starts = {"smollm2": "<|im_start|>system", "qwen2.5": "<|im_start|>system", "llama3.1": "<|begin_of_text|>", "mistral": "<s>", "gemma": "<bos>"}
     assert frame.startswith(starts.get(name, "[gMASK]<sop>"))
 
@@ -583,7 +607,7 @@ def test_each_token_belongs_to_its_turn(name: str) -> None:
 def test_a_users_turn_can_be_learned(name: str) -> None:
     """Its text and what ends it; not the header, nor a system line that the template makes up."""
     made = renderer(name)
-    ends = {"mistral": "[/INST]", "gemma": "<end_of_turn>", "llama3.1": "<|eot_id|>", "glm4": "<|assistant|>"}
+    ends = {"mistral": "[/INST]", "gemma": "<end_of_turn>", "llama3.1": "<|eot_id|>", "phi3": "<|end|>", "glm4": "<|assistant|>"}
     said = Turn("user", "hi", loss=True)
     assert learned(made, said, Turn("assistant", "yo")) == ["hi" + ends.get(name, "<|im_end|>")]
     if name in SYSTEMS and name != "glm4":
@@ -646,7 +670,7 @@ SAID = TEXTS.map(lambda text: f"{text}.")
 
 
 @every_template
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces", "words"])
 @patient
 @given(st.data())
 def test_the_prompt_is_the_beginning_of_the_training_text(name: str, kind: str, data: st.DataObject) -> None:
@@ -668,14 +692,15 @@ def test_the_prompt_is_the_beginning_of_the_training_text(name: str, kind: str, 
 
 
 @every_template
+@pytest.mark.parametrize("kind", ["bytes", "words"])
 @patient
 @given(st.data())
-def test_no_text_becomes_a_special_token(name: str, data: st.DataObject) -> None:
+def test_no_text_becomes_a_special_token(name: str, kind: str, data: st.DataObject) -> None:
     """Whatever is said by anyone, or in a schema, the special ids are those of the frame, in the same order."""
-    special = TEMPLATES[name][1]
+    special = TEMPLATES[name][1] if kind == "bytes" else TURNS[name]
     hostile = st.lists(st.sampled_from(special) | st.sampled_from(["\U000f0000", "\U000f0001", "\U0010fffd"]) | st.text(max_size=5), min_size=1, max_size=6)
-    made = renderer(name)
-    ids = set(tokenizer(name).convert_tokens_to_ids(list(special)))
+    made = renderer(name, kind)
+    ids = set(tokenizer(name, kind).convert_tokens_to_ids(list(special)))
 
     def frame(text: str) -> tuple[list[int], str]:
         turns: tuple[Turn, ...] = (Turn("user", text), Turn("assistant", text, loss=True))
@@ -739,8 +764,8 @@ def test_a_template_that_rewrites_what_was_said_is_refused() -> None:
         r"conversation ends here but 'im_start|>assistant\nyo<|im_end|>\n<|im_start|>user\n' in the whole, so training text would not be "
         "what is read at inference — another data.template (chatml|llama3|chatglm3), or a conversation for each answer"
     )
-    system = refusal(renderer("mistral"), Turn("system", "Be brief."), USER, ANSWER)
-    assert system.startswith("f.jsonl:7 turn 3 (assistant): data.template=own: the template writes '<s>[INST] Be brief.")
+    system = refusal(renderer("mistral"), Turn("system", "Be brief."), USER, ANSWER)  # written if the last turn is a user's
+    assert system.startswith("f.jsonl:7 turn 1 (system): data.template=own: the template does not write all of 'Be brief.' — another")
     tools = refusal(renderer("mistral"), USER, ANSWER, Turn("user", "ok"), ANSWER, tools=TOOLS)  # shown at the last question only
     assert tools.startswith("f.jsonl:7 turn 2 (assistant): data.template=own: the template writes '<s>[AVAILABLE_TOOLS] [")
 
@@ -755,12 +780,14 @@ def test_a_prompt_that_begins_the_answer_otherwise_is_refused() -> None:
 def test_what_is_learned_but_not_written_is_refused() -> None:
     source = "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
     assert refusal(with_template(source), Turn("system", "s", loss=True), USER, ANSWER).startswith(
-        "f.jsonl:7 turn 1 (system): data.template=own: the template does not write all of 's', which is learned — another data.template"
+        "f.jsonl:7 turn 1 (system): data.template=own: the template does not write all of 's' — another data.template"
     )
     source = SMOLLM2.replace("message['content']", "message['content'].split('</think>')[-1]")
     assert "turn 2 (assistant): data.template=own: the template does not write all of '<think>hm</think>yo'" in refusal(
         with_template(source), USER, Turn("assistant", "<think>hm</think>yo", loss=True)
     )
+    deaf = SMOLLM2.replace("{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}")
+    assert "turn 3 (tool): data.template=own: the template does not write all of 'ok'" in refusal(with_template(deaf), USER, CALL, RESULT, ANSWER)
     loose = SMOLLM2.replace("message['content']", "message['content'].replace('</think>', '\n</think>\n\n')")
     assert learned(with_template(loose), USER, Turn("assistant", "<think>hm</think>yo", loss=True)) == ["<think>hm\n</think>\n\nyo<|im_end|>"]
 

@@ -552,6 +552,12 @@ def test_a_call_is_read_back_as_it_was_written(form: str, call: Call) -> None:
         ('{"name": "f", "arguments": {"x": 1}}', Call("f", {"x": 1})),  # a <tool_call> that decoding left out
         ('I look it up.\n<tool_call>\n{"name": "f", "arguments": {}}', Call("f", {})),  # cut before its end
         ('<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name": "g"}</tool_call>', Call("f", {})),
+        ('<|python_tag|>{"name": "f", "parameters": {}}', Call("f", {})),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "call00000"}, {"name": "g"}]', Call("f", {"x": 1})),  # Mistral's
+        (' [{"name": "f", "arguments": {"x": [1]}}', Call("f", {"x": [1]})),  # as heard, and cut before its end
+        ('[TOOL_CALLS]f[ARGS]{"x": 1}', Call("f", {"x": 1})),
+        ('f\n{"x": 1}', Call("f", {"x": 1})),  # GLM-4's
+        ('{"name": "f", "arguments": {"x": "<tool_call>"}}', Call("f", {"x": "<tool_call>"})),
         ("f\n ```python\ntool_call(x=1)```", Call("f", {"x": 1})),  # no newline before the fence's end
         ("f\n```python\ntool_call(x=1)", Call("f", {"x": 1})),  # cut before it
         ("f\n```\ng(x=1)\n```", Call("g", {"x": 1})),  # a name of its own in the fence

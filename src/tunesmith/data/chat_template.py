@@ -12,36 +12,34 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2 import TemplateSyntaxError
 
 from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.conversations import Call, Conversation, Turn
+from tunesmith.data.jinja import Tool, writer
 from tunesmith.data.templates import RENDERERS, Layout, Renderer
-from tunesmith.data.tokens import Markup, Part, Tokenizer
+from tunesmith.data.tokens import Encoder, Markup, Part, Tokenizer
 
 FILES = (".jinja", ".j2")
 HIDDEN = 0xF0000
 """First of the private-use characters that stand for special tokens in what users say."""
 STANDINGS = re.compile("([\U000f0000-\U0010fffc])")
+MARK = re.compile(r"[<\[{|].*[>\]}|]", re.S)
+"""How tokens look that are no words, white space or runs of a sign."""
 PLACE = "\U0010fffd"
 """Stands for a whole text, to see where the template puts it."""
-TODAY = datetime(2024, 7, 26)
-"""What templates are told for today, so that a run renders the same on the day it is resumed. Llama's own fall back on this date."""
 
 ADVICE = f"another data.template ({'|'.join(RENDERERS)})"
+
+FIND = Call("find_it", {"thing": "a_key"})
 
 Message = dict[str, Any]
 
@@ -67,14 +65,6 @@ def own_template(tokenizer: Tokenizer, data: Data, chosen: str) -> ChatTemplate:
         return ChatTemplate(tokenizer, data, chosen, plain, texts.get("tool_use", plain))
     except TemplateSyntaxError as error:
         raise Refusal(f"{where}: Jinja cannot read it, line {error.lineno}: {error.message} — correct it, or {ADVICE}") from None
-
-
-class Tool(dict[str, Any]):
-    """A tool's schema, whose JSON is made once although the conversation is written several times."""
-
-    def __init__(self, schema: dict[str, Any]):
-        super().__init__({key: Tool(value) if key == "function" and isinstance(value, dict) else value for key, value in schema.items()})
-        self.written: dict[Any, str] = {}
 
 
 @dataclass
@@ -132,11 +122,11 @@ class ChatTemplate(Renderer):
         self._name = f"data.template={name}"
         self._sources = (source, source_for_tools)
         self._words = dict(getattr(tokenizer, "special_tokens_map", {}))
-        self._foreign = re.compile(f"{self.encoder.special.pattern}|[\\U000F0000-\\U0010FFFF]")
         for text in self._sources:
             writer(text)
-        self._header = self._user_header = ""
-        self._silence: Message = {"content": ""}
+        self._header = self._user_header = self._closing = ""
+        self._silence: Message = {}
+        self._offered: list[Any] | None = None
         self._writes_calls = self._writes_tools = self._joins_text = self._joins_calls = False
         stops = [self._vocabulary[stop] for stop in self._learn()]
         end = getattr(tokenizer, "eos_token_id", None)
@@ -145,6 +135,10 @@ class ChatTemplate(Renderer):
             raise Refusal(f"{self._name}: no special token ends an answer, and the tokenizer has no eos token — {ADVICE}")
         self._stop_ids = tuple(dict.fromkeys([*stops, *ends]))
         self._text_end = [*ends, *stops][0]
+
+    @cached_property
+    def _foreign(self) -> re.Pattern[str]:
+        return re.compile(f"{self.encoder.special.pattern}|[\\U000F0000-\\U0010FFFF]")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -165,7 +159,7 @@ class ChatTemplate(Renderer):
     def call_text(self, call: Call) -> str:
         if not self._writes_calls:
             return super().call_text(call)
-        draft = self._trial(Turn("user", "?"), Turn("assistant", call=call, loss=True))
+        draft = self._trial(Turn("user", "Where?"), Turn("assistant", call=call, loss=True))
         spans = self._spans(draft, ask=False)
         ((begin, end),) = spans.learned
         said = "".join(piece for piece, _ in self._shown(spans.text[begin:end], draft.hidden))
@@ -174,45 +168,68 @@ class ChatTemplate(Renderer):
     # --- what the template can do ------------------------------------------------------------------------------------
 
     def _learn(self) -> list[str]:
-        """See by a few turns what the template does with calls and tools, how it opens an answer, and which tokens end one."""
+        """See by a few turns how the template opens and ends them, and whether it knows calls; gives the tokens that end answers."""
         asked, told = Turn("user", "Where?"), Turn("assistant", "There.", loss=True)
+        question, answer = ({"role": turn.role, "content": turn.content} for turn in (asked, told))
         try:
-            draft = self._trial(asked, told)
-            prompt, question = self._write(draft, 1, ask=True), self._write(draft, 1)
-            self._header = prompt.removeprefix(question) if prompt.startswith(question) else ""
-            stops = self._spans(draft, ask=False).stops or self._spans(self._trial(asked, told, asked), ask=False).stops
+            frame = self._learn_turns(Draft((asked, told), None, "a trial", 0, [question, answer], [0, 1]))
+            frame += self._learn_calls(question)
+            # Some tokenizers have their marks as words, be it that they were converted so.
+            marks = [token for token in self.encoder.added if token in frame and MARK.fullmatch(token)]
+            if not all(map(self.encoder.special.fullmatch, marks)):
+                self.encoder = Encoder(self.tokenizer, marks)
+            spans = self._spans(self._trial(asked, told), ask=False)
+            stops = spans.stops or self._spans(self._trial(asked, told, asked), ask=False).stops
         except Refusal as refusal:
             reason = str(refusal).partition(f"{self._name}: ")[2]
             raise Refusal(f"{self._name}: it cannot write a question and its answer: {reason}") from None
-        if self.data.system and not self._written([{"role": "system", "content": self.data.system}, *draft.messages], None):
-            raise Refusal(f'data.system="{self.data.system}": the template writes no system turn — data.system="", or {ADVICE}')
-        once = self._written(draft.messages, None)
-        again, found, _ = self._written([*draft.messages, {"role": "user", "content": PLACE}], None).partition(PLACE)
-        self._user_header = again.removeprefix(once) if found and again.startswith(once) else ""
-
-        def writes(said: Message, *words: str) -> bool:
-            text = self._written([draft.messages[0], said], None)
-            return all(word in text for word in words)
-
-        call, other = (_call(number, f"{name}_it", {"thing": "a_key"}) for number, name in enumerate(("find", "take")))
-        answer = {"role": "assistant", "tool_calls": [call]}
-        for silence in ({"content": ""}, {}):  # some templates ask whether there is a text, some what is in it
-            if not self._writes_calls:
-                self._silence, self._writes_calls = dict(silence), writes({**answer, **silence}, "find_it", "a_key")
-        self._joins_text = self._writes_calls and writes({**answer, "content": "Let me look."}, "Let me look.", "find_it")
-        self._joins_calls = self._writes_calls and writes({**answer, **self._silence, "tool_calls": [call, other]}, "find_it", "take_it")
-        tool = {"name": "find_it", "description": "Finds.", "parameters": {"type": "object", "properties": {}}}
-        self._writes_tools = "find_it" in self._written(draft.messages[:1], _schemas([tool]))
-        calling = Turn("assistant", call=Call("find_it", {"thing": "a_key"}), loss=True)
+        if (system := self.data.system) and not _has(self._written([{"role": "system", "content": system}, question], None), system):
+            raise Refusal(f'data.system="{system}": the template writes no system turn — data.system="", or {ADVICE}')
+        calling = Turn("assistant", call=FIND, loss=True)
         for turns in ((asked, calling), (asked, calling, Turn("observation", "Here."))):
-            try:
-                stops = [*stops, *self._spans(self._trial(*turns), ask=False).stops]
-            except Refusal:  # conversations with calls will say why
-                break
+            with suppress(Refusal):  # conversations with calls will say why
+                stops = stops + self._spans(self._trial(*turns), ask=False).stops
         return stops
 
+    def _learn_turns(self, draft: Draft) -> str:
+        """What opens and closes turns; gives what the template wrote but an answer."""
+        prompt, asked, told = self._write(draft, 1, ask=True), self._write(draft, 1), self._write(draft, 2)
+        for closing in self.encoder.special.findall(asked)[-1:]:
+            # Phi-3's template closes with <|endoftext|> what is no prompt.
+            if not prompt.startswith(asked) and prompt.startswith(asked.removesuffix(closing)) and told.endswith(closing):
+                self._closing, asked, told = closing, asked.removesuffix(closing), told.removesuffix(closing)
+        self._header = prompt.removeprefix(asked) if prompt.startswith(asked) else ""
+        again, found, _ = self._written([*draft.messages, {"role": "user", "content": PLACE}], None).partition(PLACE)
+        self._user_header = again.removeprefix(told) if found and again.startswith(told) else ""
+        system = self._written([{"role": "system", "content": ""}, draft.messages[0]], None)
+        return prompt + system + told.removeprefix(prompt).rpartition(draft.said[1].content)[2]
+
+    def _learn_calls(self, asked: Message) -> str:
+        """What the template does with calls and tools; gives how it wrote a tool's answer."""
+        offered = _schemas([{"name": FIND.name, "description": "Finds.", "parameters": {"type": "object", "properties": {}}}])
+        self._writes_tools = FIND.name in self._written([asked], offered)
+        if len(set(self._sources)) > 1:  # the template for tools is used only where there are some
+            self._offered = offered
+        first, second = _call(0, FIND.name, FIND.parameters), _call(1, "take_it", FIND.parameters)
+
+        def writes(said: Message, *words: str) -> bool:
+            text = self._written([asked, said], self._offered)
+            return all(word in text for word in words)
+
+        for silence in ({"content": ""}, {}):  # some templates ask whether there is a text, some what is in it
+            if not self._writes_calls:
+                self._silence = {"role": "assistant", **silence}
+                self._writes_calls = writes({**self._silence, "tool_calls": [first]}, FIND.name, "a_key")
+        if not self._writes_calls:
+            return ""
+        self._joins_text = writes({**self._silence, "content": "Let me look.", "tool_calls": [first]}, "Let me look.", FIND.name)
+        self._joins_calls = writes({**self._silence, "tool_calls": [first, second]}, FIND.name, "take_it")
+        called = [asked, {**self._silence, "tool_calls": [first]}]
+        result = {"role": "tool", "content": "Here.", "tool_call_id": first["id"], "name": FIND.name}
+        return self._written([*called, result], self._offered).removeprefix(self._written(called, self._offered))
+
     def _trial(self, *turns: Turn) -> Draft:
-        draft = Draft(turns, None, "a trial", 0)
+        draft = Draft(turns, self._offered if any(turn.call for turn in turns) else None, "a trial", 0)
         self._add_messages(draft)
         return draft
 
@@ -227,7 +244,8 @@ class ChatTemplate(Renderer):
 
     def _rendered(self, messages: list[Message], tools: list[Any] | None, ask: bool) -> str:
         write = writer(self._sources[1 if tools else 0])
-        return write({"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask, **self._words})
+        text = write({"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": ask, **self._words})
+        return text if ask else text.removesuffix(self._closing)
 
     def _write(self, draft: Draft, count: int, ask: bool = False) -> str:
         """The first messages as the template writes them; raises Refusal with its words if it does not want to."""
@@ -273,7 +291,7 @@ class ChatTemplate(Renderer):
                 if last.get("role") == "assistant" and self._may_go_on(last) and draft.said[index - 1].loss is turn.loss:
                     last.setdefault("tool_calls", []).append(call)
                     continue
-                draft.messages.append({"role": "assistant", **self._silence, "tool_calls": [call]})
+                draft.messages.append({**self._silence, "tool_calls": [call]})
             else:
                 text = self.call_text(turn.call) if turn.call else turn.content
                 role = "tool" if turn.role == "observation" else turn.role
@@ -331,6 +349,8 @@ class ChatTemplate(Renderer):
                 content = piece if is_hidden else Markup(piece, "" if draft.hidden and STANDINGS.search(after) else after)
                 parts.append(Part(content, turn, begin < learned_until))
                 after = ""
+        if self._closing and not ask:
+            parts.append(Part(Markup(self._closing), -1, False))
         return Layout(parts, draft.said, spans.unstopped)
 
     def _spans(self, draft: Draft, ask: bool) -> Spans:
@@ -344,7 +364,7 @@ class ChatTemplate(Renderer):
                 end = len(text)
                 if number + 1 < count or ask:
                     end = self._same(draft, number, "if the conversation ends here", self._write(draft, number + 1), text)
-                self._check_written(draft, number, text[begin:end])
+                self._check(draft, number, text[begin:end])
                 spans.starts[number + 1] = end
                 stop = spans.stop(begin, end)
                 spans.learned.append((begin, stop[1] if stop else end))
@@ -352,6 +372,8 @@ class ChatTemplate(Renderer):
                     spans.stops.append(text[slice(*stop)])
                 elif spans.unstopped is None:
                     spans.unstopped = draft.firsts[number]
+            elif draft.messages[number]["role"] != "assistant":  # what an assistant said before is the template's to shorten
+                self._check(draft, number, text)
             if spans.starts[number] is None:
                 before = self._written(draft.messages[:number], draft.tools)
                 spans.starts[number] = len(before) if before and text.startswith(before) else None
@@ -379,27 +401,37 @@ class ChatTemplate(Renderer):
         # A text that is not written anywhere has no beginning either, and is refused as such.
         return len(before) if found and spans.text.startswith(before) else len(spans.text)
 
-    def _check_written(self, draft: Draft, number: int, text: str) -> None:
-        """Refuse a template that leaves out what is to be learned: some cut off what a model thought, some know no calls."""
+    def _check(self, draft: Draft, number: int, text: str) -> None:
+        """Refuse a template that leaves out what was said: some cut off what a model thought, some know no tools."""
         message = draft.messages[number]
-        squeezed = "".join(text.split())  # white space is a template's own affair
         for said in (message.get("content", ""), *(call["function"]["name"] for call in message.get("tool_calls", ()))):
-            forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])
-            if not any("".join(form.split()) in squeezed for form in forms):
-                raise Refusal(
-                    f"{draft.turn(number)}: {self._name}: the template does not write all of {said[:30]!r}, which is learned — {ADVICE}"
-                )
+            if not _has(text, said):
+                raise Refusal(f"{draft.turn(number)}: {self._name}: the template does not write all of {said[:30]!r} — {ADVICE}")
 
     def _same(self, draft: Draft, number: int, when: str, written: str, text: str) -> int:
         """The length of what the template wrote for a part of the conversation, if the whole begins with it."""
         if text.startswith(written):
             return len(written)
-        place = next((at for at, pair in enumerate(zip(written, text, strict=False)) if len(set(pair)) > 1), min(len(written), len(text)))
+        place = _common(written, text)
         alone, whole = (one[max(0, place - 20) : place + 30] for one in (written, text))
         raise Refusal(
             f"{draft.turn(number)}: {self._name}: the template writes {alone!r} {when} but {whole!r} in the whole, so training text "
             f"would not be what is read at inference — {ADVICE}, or a conversation for each answer"
         )
+
+
+def _has(text: str, said: str) -> bool:
+    """Whether a text holds what was said, white space aside, in JSON perhaps."""
+    if said in text:
+        return True
+    forms = (said, json.dumps(said, ensure_ascii=False)[1:-1])
+    squeezed = "".join(text.split())
+    return any("".join(form.split()) in squeezed for form in forms)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    return next((at for at, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), min(len(one), len(other)))
 
 
 def _call(number: int, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -417,73 +449,3 @@ def _schemas(tools: Any) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-# --- Jinja as transformers sets it up --------------------------------------------------------------------------------
-
-
-@lru_cache
-def writer(source: str) -> Callable[[dict[str, Any]], str]:
-    """A chat template, ready to write with the variables given; raises TemplateSyntaxError."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": TODAY.strftime, "dict": _Dictionary(), "namespace": _Namespace}
-    template = environment.from_string(source)
-    always = dict(template.globals)
-
-    def write(variables: dict[str, Any]) -> str:
-        # Template.render collects the globals anew each time, which takes longer than most templates.
-        return "".join(template.root_render_func(template.new_context({**always, **variables}, shared=True)))
-
-    return write
-
-
-class _Generation(Extension):
-    """{% generation %} marks answers for others; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012  # as Jinja has it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
-) -> str:
-    if not isinstance(value, Tool):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    form = (ensure_ascii, indent, separators, sort_keys)
-    if form not in value.written:
-        value.written[form] = json.dumps(dict(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return value.written[form]
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-class _Dictionary:
-    """dict, without what the sandbox does not know to be dangerous."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """namespace, without a way to Python's internals."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a chat template must not set {name!r} in a namespace")
-        super().__setitem__(name, value)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -58,10 +58,10 @@ class Layout(NamedTuple):
 class Renderer(ABC):
     """A template bound to a tokenizer; it can be pickled, and needs neither torch nor transformers where it is read."""
 
-    def __init__(self, tokenizer: Tokenizer, data: Data):
+    def __init__(self, tokenizer: Tokenizer, data: Data, control: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.data = data
-        self.encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer, control)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "tokenizer": self.encoder.tokenizer}
@@ -169,6 +169,12 @@ def _array(ids: Sequence[int]) -> np.ndarray:
 class RoleTemplate(Renderer):
     """A template in which a turn's tokens depend on that turn alone."""
 
+    marks: ClassVar[tuple[str, ...]]
+    """Its special tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, data: Data):
+        super().__init__(tokenizer, data, self.marks)
+
     @abstractmethod
     def turn(self, turn: Turn, index: int) -> list[Part]:
         """One turn."""
@@ -209,7 +215,7 @@ class RoleTemplate(Renderer):
 class ChatML(RoleTemplate):
     """<|im_start|>role, newline, text, <|im_end|>, newline: SmolLM2, Qwen and many others."""
 
-    start, end = "<|im_start|>", "<|im_end|>"
+    marks = start, end = ("<|im_start|>", "<|im_end|>")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -230,6 +236,8 @@ class ChatML(RoleTemplate):
 
 class Llama3(RoleTemplate):
     """<|start_header_id|>role<|end_header_id|>, two newlines, text, <|eot_id|>."""
+
+    marks = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -264,6 +272,8 @@ class ChatGLM3(RoleTemplate):
     A position is a target if the token before it lies in a counted turn: the role id itself is not learned after
     someone else's turn, the role id that follows the answer (or the final eos) is, as it is what stops generation.
     """
+
+    marks = ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "</s>")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -349,7 +359,7 @@ def parse_call(text: str) -> Call | None:
     if named := re.match(r"(?P<name>[\w.:/-]+)(\n\s*|\[ARGS\])?(?P<arguments>\{.*)", text, re.S):  # GLM-4, Mistral's newer models
         arguments = _first_object(named["arguments"])
         return None if arguments is None else Call(named["name"], arguments)
-    return _json_form(text.partition("<tool_call>")[2].lstrip() or text)
+    return _json_form(text) or _json_form(text.partition("<tool_call>")[2].lstrip())
 
 
 def _python_form(text: str) -> Call | None:

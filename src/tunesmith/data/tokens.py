@@ -6,14 +6,17 @@ Templates lay out parts; what is plain text, what may hold special tokens and wh
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+
+from tunesmith.data.words import Words, splits_at_blanks
 
 REMEMBERED = 2**22
 """Characters of recurring texts whose tokens are kept: tools and system lines of many kinds."""
@@ -51,13 +54,20 @@ class Part(NamedTuple):
 class FastTokenizer:
     """A tokenizer of the library `tokenizers` in a copy of its own: what is set here is set for nobody else."""
 
-    def __init__(self, serialised: str):
+    def __init__(self, serialised: str, control: Collection[str] = ()):
+        """control: added tokens to take for special ones; some models have published theirs as if they were words."""
         self._backend = Backend.from_str(serialised)
+        if any(token.content in control and not token.special for token in self._backend.get_added_tokens_decoder().values()):
+            settings = json.loads(serialised)
+            for token in settings["added_tokens"]:
+                token["special"] |= token["content"] in control
+            serialised = json.dumps(settings, ensure_ascii=False)
+            self._backend = Backend.from_str(serialised)
         self._backend.no_truncation()
         self._backend.no_padding()
         self.digest = hashlib.sha256(serialised.encode()).hexdigest()
-        added = self._backend.get_added_tokens_decoder().values()
-        self.all_special_tokens = [token.content for token in added if token.special]
+        self._words = Words(self._backend) if splits_at_blanks(serialised) else None
+        self.added_tokens_decoder = self._backend.get_added_tokens_decoder()
 
     def __reduce__(self) -> tuple[type[FastTokenizer], tuple[str]]:
         return type(self), (self._backend.to_str(),)
@@ -65,6 +75,8 @@ class FastTokenizer:
     def encode_all(self, texts: list[str], split_special_tokens: bool = True) -> list[np.ndarray]:
         """Token ids of each text, int32, on as many cores as the library takes."""
         self._backend.encode_special_tokens = split_special_tokens
+        if split_special_tokens and self._words:
+            return self._words.encode_all(texts)
         # Arrays at once: many lists that live on would have Python's garbage collector look at every object of torch.
         return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -89,19 +101,23 @@ class FastTokenizer:
 class Encoder:
     """Tokens of many texts at once, those of recurring ones from memory."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, control: Collection[str] = ()):
+        """control: added tokens that no text may become, whether or not the tokenizer calls them special."""
+        control = {*control, *getattr(tokenizer, "all_special_tokens", ())}
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.tokenizer: Any = FastTokenizer(backend.to_str()) if isinstance(backend, Backend) else tokenizer
+        self.tokenizer: Any = FastTokenizer(backend.to_str(), control) if isinstance(backend, Backend) else tokenizer
         """Needs no transformers if the one given has a backend, and goes to other processes in its place."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        known = {*getattr(self.tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)}
-        special = sorted(known, key=lambda token: (-len(token), token))
-        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        added = list(getattr(self.tokenizer, "added_tokens_decoder", {}).values())
+        self.added = [token.content for token in added]
+        """Texts of all tokens that are found in a text before it is taken apart into words."""
+        special = {token.content for token in added if token.special} | control.intersection([*self.added, *tokenizer.get_vocab()])
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=lambda token: (-len(token), token)))) or "(?!)")
         """Any special token's text; the longest where several begin at the same place."""
+        self._control = tuple(sorted(control))
         self._memories = {marked: Memory(REMEMBERED) for marked in (False, True)}
 
-    def __reduce__(self) -> tuple[type[Encoder], tuple[Any]]:
-        return type(self), (self.tokenizer,)
+    def __reduce__(self) -> tuple[type[Encoder], tuple[Any, tuple[str, ...]]]:
+        return type(self), (self.tokenizer, self._control)
 
     @property
     def digest(self) -> str:
