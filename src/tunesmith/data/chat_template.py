@@ -160,7 +160,10 @@ class ChatTemplate(Renderer):
         if not self._writes_calls:
             return super().call_text(call)
         draft = self._trial(Turn("user", "Where?"), Turn("assistant", call=call, loss=True))
-        spans = self._spans(draft, ask=False)
+        try:
+            spans = self._spans(draft, ask=False)
+        except Refusal:  # no conversation with calls can be rendered either; this one is for people
+            return super().call_text(call)
         ((begin, end),) = spans.learned
         said = "".join(piece for piece, _ in self._shown(spans.text[begin:end], draft.hidden))
         return said.removesuffix(spans.stops[0] if spans.stops else "").strip()

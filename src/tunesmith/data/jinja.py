@@ -55,10 +55,10 @@ def _to_json(
 ) -> str:
     if not isinstance(value, Tool):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    form = (ensure_ascii, indent, separators, sort_keys)
-    if form not in value.written:
-        value.written[form] = json.dumps(dict(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return value.written[form]
+    form = repr((ensure_ascii, indent, separators, sort_keys))
+    if form not in value._json:
+        value._json[form] = json.dumps(dict(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return value._json[form]
 
 
 def _raise(message: str) -> None:
@@ -94,4 +94,4 @@ class Tool(dict[str, Any]):
 
     def __init__(self, schema: dict[str, Any]):
         super().__init__({key: Tool(value) if key == "function" and isinstance(value, dict) else value for key, value in schema.items()})
-        self.written: dict[Any, str] = {}
+        self._json: dict[str, str] = {}
