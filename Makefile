@@ -7,7 +7,7 @@ EXP ?= lora_cpu
 READY := $(VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help setup demo test check plan clean
+.PHONY: help setup demo test check plan bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,10 @@ check: $(READY) ## lint and types
 
 plan: $(READY) ## say what an experiment would do, without starting it: make plan EXP=lora_cpu RANKS=2
 	python -m launcher +exp=$(EXP) --ranks $(RANKS) --dry
+
+bench: $(READY) ## measure beside TRL, tens of minutes (installs TRL into .venv)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,bench]'
+	python -m bench.prepare
 
 clean: ## remove what the tools leave (not data/ or outputs/)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info

@@ -90,9 +90,8 @@ def prepare_trl(file: Path, model: Path, cache: Path) -> dict[str, float]:
     shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     small = LlamaForCausalLM(shape).to(torch.float32)
     cores = len(os.sched_getaffinity(0))
-    settings = SFTConfig(
-        output_dir=str(cache / "trl"), max_length=None, dataset_num_proc=cores, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True
-    )
+    words = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    settings = SFTConfig(output_dir=str(cache / "trl"), max_length=None, dataset_num_proc=cores, **words)
     start = time.perf_counter()
     dataset = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache / "datasets"))
     trainer = SFTTrainer(small, args=settings, train_dataset=dataset, processing_class=tokenizer)

@@ -303,7 +303,8 @@ CALLING = ("qwen2.5", "llama3.1", "mistral", "glm4")
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 every_caller = pytest.mark.parametrize("name", CALLING)
 USER, ANSWER = Turn("user", "hi"), Turn("assistant", "yo", loss=True)
-CALL = Turn("assistant", call=Call("weather", {"city": "Berlin"}), loss=True)
+FORECAST = Call("weather", {"city": "Berlin"})
+CALL = Turn("assistant", call=FORECAST, loss=True)
 RESULT = Turn("observation", "ok")
 # Llama-3's, Qwen's and GLM-4's: line breaks are one word whatever follows, so that a header has the same tokens in a prompt.
 WORDS_OF_LLAMA3 = (
@@ -635,7 +636,7 @@ def test_a_template_that_knows_no_calls_gets_them_as_text() -> None:
     assert learned(made, USER, CALL, RESULT, ANSWER, tools=TOOLS) == ["weather(city='Berlin')<|im_end|>", "yo<|im_end|>"]
     asked = made.tokenizer.decode(made.prompt(Conversation((USER,), TOOLS)))
     assert asked.startswith("<|im_start|>system\nYou can call these tools:\n[{") and "named SmolLM" not in asked
-    assert made.call_text(CALL.call or Call("", {})) == "weather(city='Berlin')"
+    assert made.call_text(FORECAST) == "weather(city='Berlin')"
     both = made.render(Conversation((Turn("system", "Be brief."), USER, ANSWER), TOOLS)).said
     assert [turn.role for turn in both] == ["system", "user", "assistant"] and both[0].content.endswith("]\n\nBe brief.")
 
@@ -841,3 +842,10 @@ def test_named_templates_are_chosen_by_whether_there_are_tools() -> None:
     made = renderer_for(given, Data())
     assert "named SmolLM" in given.decode(made.prompt(Conversation((USER,))))
     assert "# Tools" in given.decode(made.prompt(Conversation((USER,), TOOLS)))
+    assert learned(made, USER, CALL, tools=TOOLS) == [HERMES]
+    assert made.call_text(FORECAST) == HERMES.removesuffix("<|im_end|>")
+    assert "does not write all of 'weather'" in refusal(made, USER, CALL), "without tools it is the other template, which knows no calls"
+    given.chat_template["tool_use"] = QWEN25.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>Action:' }}")
+    broken = renderer_for(given, Data())
+    assert "as the prompt but" in refusal(broken, USER, CALL, tools=TOOLS)
+    assert broken.call_text(FORECAST) == "weather(city='Berlin')", "for people"

@@ -71,6 +71,25 @@ def test_ragged_equals_each_conversation_alone(family: str, batching: Batching, 
         assert torch.allclose(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * scale), name
 
 
+def test_label_smoothing_is_torchs_and_only_in_training(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    config = config_for(tmp_path, kind=MethodKind.full)
+    config.optim.label_smoothing = 0.3
+    smoothed = build_model(config, tmp_path, CPU)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    conversations = examples(5)
+    batch, wanted = lay_out(conversations, Batching.ragged), torch.zeros(())
+    for one in conversations:
+        ids, before = torch.tensor(one.ids)[None].long(), torch.tensor(one.targets[1:])
+        logits = plain(input_ids=ids).logits[0, :-1][before]
+        wanted = wanted + torch.nn.functional.cross_entropy(logits, ids[0, 1:][before], reduction="sum", label_smoothing=0.3)
+    assert smoothed(batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    smoothed.eval()
+    assert smoothed(batch).item() == pytest.approx(plain_loss(plain, conversations).item(), rel=1e-5)
+
+
 def test_rectangles_cover_every_token_with_bounded_waste() -> None:
     lengths = [40, 39, 38, 20, 20, 20, 7, 3, 3, 1]
     ends = np.cumsum(lengths).tolist()

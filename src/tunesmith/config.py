@@ -22,8 +22,6 @@ class Refusal(ValueError):
 class MethodKind(Enum):
     full = "full"
     lora = "lora"
-    prefix = "prefix"
-    prompt = "prompt"
 
 
 class Base(Enum):
@@ -41,15 +39,6 @@ class Compute(Enum):
 class EngineKind(Enum):
     deepspeed = "deepspeed"
     accelerate = "accelerate"
-
-
-class OptimKind(Enum):
-    adamw = "adamw"
-    adamw_8bit = "adamw_8bit"
-    paged_adamw = "paged_adamw"
-    paged_adamw_8bit = "paged_adamw_8bit"
-    adafactor = "adafactor"
-    sgd = "sgd"
 
 
 class Schedule(Enum):
@@ -129,8 +118,7 @@ class Model:
 @dataclass
 class Method:
     kind: MethodKind = MethodKind.lora
-    """full trains every weight; beside a frozen base, lora trains low-rank adapters, prefix the keys and values of virtual tokens in
-    every layer (P-Tuning v2), prompt the embeddings of virtual tokens."""
+    """full trains every weight; lora trains low-rank adapters beside a frozen base."""
     base: Base = Base.as_is
     """How frozen weights are stored: as_is (in precision.compute), int8 (LLM.int8), nf4 (QLoRA, double quantisation)."""
     r: int = 16
@@ -143,16 +131,6 @@ class Method:
     """Names of the linear layers that get an adapter; all-linear: every one but the output head."""
     rslora: bool = False
     """Scale adapters by alpha / sqrt(r) (arXiv 2312.03732)."""
-    dora: bool = False
-    """Train the length of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
-    b_lr_ratio: float = 1.0
-    """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
-    first_layer: int = 0
-    """Lowest layer that gets adapters: below it nothing is kept for backward, nor computed there."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Names of modules that are trained in full beside the adapters (embed_tokens, lm_head), and saved with them."""
-    virtual_tokens: int = 20
-    """Virtual tokens of prefix and prompt tuning."""
 
 
 @dataclass
@@ -170,11 +148,7 @@ class Engine:
     offload: bool = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
     checkpointing: bool = False
-    """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
-    checkpoint_every: int = 1
-    """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
-    fsdp: bool = False
-    """Split weights, gradients and optimizer over the ranks by PyTorch's FSDP2 (engine.kind=accelerate)."""
+    """Recompute each layer's activations in backward instead of keeping them: less memory, about a third more FLOPs."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 
@@ -288,15 +262,10 @@ class Train:
     """Steps between held-out losses; 0: only before and after."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
-    patience: int = 0
-    """Evaluations without a better held-out loss after which training ends early, with the best weights kept; 0: never."""
 
 
 @dataclass
 class Optim:
-    kind: OptimKind = OptimKind.adamw
-    """adamw (fused); adamw_8bit and the paged ones by bitsandbytes: less memory, state that moves to CPU memory when the card is full;
-    adafactor: a state of rows and columns; sgd with beta1 as momentum."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
@@ -319,8 +288,6 @@ class Optim:
     """Largest global gradient norm; 0: no clipping."""
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread over the vocabulary (training only; held-out losses are without)."""
-    neftune_alpha: float = 0.0
-    """Strength of uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914: 5 to 15); 0: none."""
 
 
 @dataclass

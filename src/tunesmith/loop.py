@@ -141,7 +141,7 @@ def due(done: int, every: int, last: int) -> bool:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Rate of update `step` (0-based): linear warm-up, then constant, linear or cosine down to min_lr_ratio of the peak."""
+    """Rate of update `step` (0-based): linear warm-up, then as the schedule says, down to min_lr_ratio of the peak."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -149,6 +149,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
         Schedule.constant: 1.0,
         Schedule.linear: 1.0 - progress,
         Schedule.cosine: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        Schedule.wsd: min(1.0, (steps - step) / max(1.0, optim.decay_share * steps)),
     }[optim.schedule]
     if optim.schedule is Schedule.constant:
         return optim.lr

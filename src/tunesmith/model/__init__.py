@@ -39,9 +39,10 @@ DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16
 class TargetLoss(nn.Module):
     """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
         super().__init__()
         self.model = model
+        self.label_smoothing = label_smoothing
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
@@ -57,7 +58,8 @@ class TargetLoss(nn.Module):
             # Where a common beginning parts, one position has several next tokens. index_select adds up their gradients in a
             # fixed order; an index that names a position twice would let the threads decide, and runs would differ in bits.
             logits = logits.index_select(0, batch.rows.to(device))
-        losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none")
+        smoothing = self.label_smoothing if self.training else 0.0  # held-out losses stay comparable
+        losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none", label_smoothing=smoothing)
         loss = losses @ batch.counts.to(device)
         return loss if batch.weight else loss * 0.0
 
@@ -118,7 +120,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     model.train()
     if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed:
         model.to(device)  # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then
-    return TargetLoss(model)
+    return TargetLoss(model, config.optim.label_smoothing)
 
 
 def _load(folder: Path, config: Config, device: torch.device, implementation: str = attention.NAME) -> Any:

@@ -52,8 +52,8 @@ _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         lambda value: value >= 1,
     ),
     ("optim.lr optim.eps method.alpha tracker.init_timeout_s", "must be above 0", lambda value: value > 0),
-    ("method.dropout optim.beta1 optim.beta2", "must be at least 0 and below 1", lambda value: 0 <= value < 1),
-    ("optim.min_lr_ratio", "must be between 0 and 1", lambda value: 0 <= value <= 1),
+    ("method.dropout optim.beta1 optim.beta2 optim.label_smoothing", "must be at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("optim.min_lr_ratio optim.decay_share", "must be between 0 and 1", lambda value: 0 <= value <= 1),
 )
 
 
