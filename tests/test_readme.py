@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -150,6 +151,14 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch, folder: Path) -> No
         with redirect_stdout(io.StringIO()) as said:
             launcher_program.main(words[3:])
         assert "train.py" in said.getvalue().splitlines()[-1]
+    elif words[:2] == ["tunesmith", "data"]:
+        asked: list[argparse.Namespace] = []
+        monkeypatch.setattr(cli_program, "look_at_data", asked.append)
+        cli_program.main(words[1:])
+        config = cli_program.data_config(asked[0].words)
+        assert config.data.train == ",".join(word for word in asked[0].words if "=" not in word) or "+exp" in str(words)
+    elif words[:2] == ["tunesmith", "doctor"]:
+        assert compose([word for word in words[2:] if not word.startswith("--")]).name
     elif words[0] == "tunesmith":
         # Its words are understood, and what is missing is the run that an earlier command makes.
         with pytest.raises(Refusal, match=r"^outputs/.*\*: not a run folder"):
