@@ -215,7 +215,10 @@ def test_both_readmes_have_the_same_structure() -> None:
             "headings": [len(found) for found in re.findall(r"^(#+) ", text, re.M)],
             "blocks": [language for language, _ in blocks(page)],
             "rows": [row.count("|") for row in re.findall(r"^\|.*$", text, re.M)],
-            "links": sorted(target for target in links(page) if not target.startswith("README")),
+            # A translated page has headings, hence anchors, of its own.
+            "links": sorted(
+                target.partition("#")[0].replace(".zh-CN", "") for target in links(page) if not target.startswith("README")
+            ),
             "code": sorted(set(re.findall(r"`([^`\n]+)`", text))),
         }
 
@@ -231,6 +234,9 @@ def test_the_readers_of_commands_see_mistakes(refusing: pytest.MonkeyPatch, tmp_
         ("torchrun --nproc=2 train.py +exp=lora_cpu", AssertionError),
         ("make dmeo", AssertionError),
         ("tunesmith chat", SystemExit),
+        ("tunesmith data chek train.jsonl", SystemExit),
+        ("tunesmith data check train.jsonl data.maxtokens=9", Refusal),
+        ("tunesmith doctor +exp=lora_cppu", Refusal),
         ("pip install tunesmith", AssertionError),
     ):
         with pytest.raises(error):
@@ -303,6 +309,22 @@ def test_json_examples_are_read(page: Path) -> None:
             for one in record if isinstance(record, list) else [record]:
                 if {"conversations", "messages"} & set(one):
                     parse_conversation(one, f"{page.name}, block {number}")
+
+
+def test_both_data_pages_have_the_same_examples_and_tables() -> None:
+    first, second = ROOT / "docs/data.md", ROOT / "docs/data.zh-CN.md"
+    assert blocks(first) == blocks(second)
+    for pattern in (r"^(#+) ", r"^\| (`[a-z_0-9]+`) \|", r"^\|[-|]+$"):
+        assert re.findall(pattern, prose(first), re.M) == re.findall(pattern, prose(second), re.M)
+    assert set(re.findall(r"`(data\.[a-z_.]+)", prose(first))) == set(re.findall(r"`(data\.[a-z_.]+)", prose(second)))
+
+
+DATA_COMMANDS = commands(ROOT / "docs/data.md")
+
+
+@pytest.mark.parametrize("command", DATA_COMMANDS, ids=map(str, DATA_COMMANDS))
+def test_a_command_of_the_data_page_is_understood(command: Command, refusing: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check(command, refusing, tmp_path)
 
 
 def test_data_page_shows_every_role_and_both_forms() -> None:
