@@ -20,7 +20,7 @@ from tests.conftest import read as parsed
 from tests.test_templates import renderer
 from tunesmith.compose import compose
 from tunesmith.config import Data, Policy, Refusal
-from tunesmith.data import prepare
+from tunesmith.data import prepare, workers
 from tunesmith.data.parts import Part, read_parts
 from tunesmith.hardware import Machine
 from tunesmith.plan import problems, shape_of
@@ -62,7 +62,7 @@ def test_what_is_stored_is_what_was_rendered(tmp_path: Path) -> None:
 def test_a_second_start_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "train.jsonl")
     first = read(settings(tmp_path))["train"]
-    monkeypatch.setattr(prepare, "prepare_piece", None)
+    monkeypatch.setattr(workers, "prepare_piece", None)
     second = read(settings(tmp_path))["train"]
     assert contents(second) == contents(first)
     assert second.digest == first.digest
@@ -128,7 +128,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith.data import files
 
     monkeypatch.setattr(files, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(prepare, "LARGE", 100)
+    monkeypatch.setattr(workers, "LARGE", 100)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -148,8 +148,8 @@ PREPARES = """
 import sys
 from tests.test_prepare import read, settings
 from pathlib import Path
-from tunesmith.data import files, prepare
-files.CHUNK_BYTES, prepare.LARGE = 20_000, 1000
+from tunesmith.data import files, workers
+files.CHUNK_BYTES, workers.LARGE = 20_000, 1000
 print("begins", flush=True)
 part = read(settings(Path(sys.argv[1]), workers=2))["train"]
 print(len(part.examples), part.digest)

@@ -240,7 +240,7 @@ class ChatTemplate(Renderer):
         """What the template writes; empty if it refuses."""
         try:
             return self._rendered(messages, tools, ask)
-        except Exception:
+        except Exception:  # foreign code again; what it does not write, `_learn` takes for what it cannot do
             return ""
 
     # --- writing -----------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from tunesmith.config import Data, Policy, Refusal
 from tunesmith.data.check import OVERLAPPING, SHOWN, Findings, Known
 from tunesmith.data.examples import Example, Examples
 from tunesmith.data.files import sources
-from tunesmith.data.prepare import Prepared, Work, Workers, prepared
+from tunesmith.data.prepare import Prepared, Work, prepared
 from tunesmith.data.statistics import Finding, Statistics
 from tunesmith.data.templates import Renderer
+from tunesmith.data.workers import Workers
 
 PARTS = ("dev", "test", "train")
 """In the order in which they are read: train is compared with the others."""
@@ -153,12 +154,15 @@ def _compared(
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
     judge("duplicate", data.check.duplicate, again, lambda row: f"equals {place(int(first[inverse[row]]))}, token by token — take one out")
-    leaked = np.zeros(len(hashes), bool)
-    for part in held_out:
-        found = np.isin(hashes, part.hashes)
-        words = f"is in data.{part.name} too, which makes its numbers too good — take it out"
-        judge("leak", data.check.leak, np.flatnonzero(found & ~leaked), lambda row, words=words: words)  # type: ignore[misc]
-        leaked |= found
+    leaked_to = np.full(len(hashes), -1)
+    for number, part in reversed(list(enumerate(held_out))):  # the first one that has it is told
+        leaked_to[np.isin(hashes, part.hashes)] = number
+    leaked = leaked_to >= 0
+
+    def leak(row: int) -> str:
+        return f"is in data.{held_out[leaked_to[row]].name} too, which makes its numbers too good — take it out"
+
+    judge("leak", data.check.leak, np.flatnonzero(leaked), leak)
     others = " or ".join(f"data.{part.name}" for part in held_out)
     similar = np.flatnonzero((overlaps >= OVERLAPPING) & ~leaked)
     judge("overlap", data.check.overlap, similar, lambda row: f"{overlaps[row]:.0%} of its runs of 13 tokens are in {others} — read both")

@@ -1,4 +1,4 @@
-"""Read, check, render and write a file's conversations once, in several processes and at constant memory; then map what was written.
+"""Read, check, render and write a file's conversations once, piece by piece at constant memory; then map what was written.
 
 A prepared file is a folder: `rows.arrow` and `about.json`. It has its name only when it is complete, and the name is a hash
 of all it depends on: the source's content, the renderer, the settings, and the code of this room.
@@ -6,45 +6,34 @@ of all it depends on: the source's content, the renderer, the settings, and the 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
-import pickle
 import shutil
-import signal
-import sys
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, lru_cache
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from tunesmith.config import Data, Overlong, Policy, Refusal
 from tunesmith.data.check import Findings, Known, grams
 from tunesmith.data.conversations import Conversation, parse_conversation
 from tunesmith.data.examples import Example
-from tunesmith.data.files import Chunk, Lines, Mistake, chunks, content_name, line_at
+from tunesmith.data.files import Chunk, Lines, Mistake, content_name, line_at
 from tunesmith.data.statistics import Statistics
 from tunesmith.data.templates import Rendered, Renderer
 from tunesmith.hardware import cache_folder
 
-LARGE = 2**23
-"""Bytes from which on a file is worth starting processes for: below, they take longer to start than to work."""
+if TYPE_CHECKING:
+    from tunesmith.data.workers import Workers
+
 SPOKEN = ("user", "assistant", "text")
 """Roles whose words count when train and held-out parts are compared: tools and system lines are the same everywhere."""
 SETTINGS = ("format", "compat", "max_tokens", "overlong")
@@ -254,6 +243,7 @@ class Prepared:
         with pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))) as reader:
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._views: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -272,48 +262,45 @@ class Prepared:
         return np.concatenate([batch.column(name).to_numpy() for batch in self._batches]) if len(self) else np.empty(0, np.int64)
 
     def place(self, row: int) -> str:
-        batch, row = self._find(row)
-        return f"{self.origin}{batch.column('place')[row].as_py()}"
+        """Where a row's conversation was read."""
+        return f"{self.origin}{self._value('place', row)}"
 
     def example(self, row: int) -> Example:
         """A row's conversation; rendered anew where only its place was kept."""
-        number = int(np.searchsorted(self._firsts, row, "right")) - 1
-        batch, inside = self._batches[number], row - int(self._firsts[number])
-        place = f"{self.origin}{batch.column('place')[inside].as_py()}"
         if self._work.is_streaming:
             rendered = self.rendered(row)[1]
-            return Example(rendered.ids, rendered.targets, place)
+            return Example(rendered.ids, rendered.targets, self.place(row))
+        number, inside = self._find(row)
         offsets, ids, bits = self._arrays(number)
         start, stop = int(offsets[inside]), int(offsets[inside + 1])
         flags = np.unpackbits(bits[start // 8 : (stop + 7) // 8], bitorder="little")[start % 8 :][: stop - start]
-        return Example(ids[start:stop], flags.astype(bool), place)
+        return Example(ids[start:stop], flags.astype(bool), self.place(row))
 
     def question(self, row: int) -> dict[str, Any] | None:
-        batch, row = self._find(row)
-        text = batch.column("question")[row].as_py()
+        """A test conversation's question, as `_question` wrote it."""
+        text = self._value("question", row)
         return json.loads(text) if text else None
 
     def rendered(self, row: int) -> tuple[Conversation, Rendered]:
         """A row read from its source again, checked, cut and rendered as it was then (.jsonl only)."""
-        batch, inside = self._find(row)
         assert isinstance(self.origin, Path)
-        span = batch.column("start")[inside].as_py(), batch.column("bytes")[inside].as_py()
-        place = batch.column("place")[inside].as_py()
-        line = Lines(self.origin, int(place.lstrip(":")), span[0], line_at(self.origin, *span))
-        (found,) = line.records()
-        conversation = parse_conversation(found[1], found[0], self._work.data)
+        start, length = self._value("start", row), self._value("bytes", row)
+        line = Lines(self.origin, int(self._value("place", row).lstrip(":")), start, line_at(self.origin, start, length))
+        ((place, record),) = line.records()
+        conversation = parse_conversation(record, place, self._work.data)
         usable = _usable(conversation, self._work.renderer.render(conversation), self._work, Findings())
         if usable is None:
-            raise Refusal(f"{found[0]}: the file has changed since it was prepared — start again")
+            raise Refusal(f"{place}: the file has changed since it was prepared — start again")
         return usable
 
-    def _find(self, row: int) -> tuple[pa.RecordBatch, int]:
-        number = int(np.searchsorted(self._firsts, row, "right")) - 1
-        return self._batches[number], row - int(self._firsts[number])
+    def _value(self, name: str, row: int) -> Any:
+        number, inside = self._find(row)
+        return self._batches[number].column(name)[inside].as_py()
 
-    @cached_property
-    def _views(self) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        return {}
+    def _find(self, row: int) -> tuple[int, int]:
+        """(batch, row there) of a row."""
+        number = int(np.searchsorted(self._firsts, row, "right")) - 1
+        return number, row - int(self._firsts[number])
 
     def _arrays(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(offsets, ids, bits of the targets) of a batch, without a copy."""
@@ -407,97 +394,3 @@ def _content(origin: Path | str, folder: Path) -> str:
         draft.write_text(json.dumps({"mark": mark, "digest": digest}))
         os.replace(draft, memory)
     return digest
-
-
-# --- processes -----------------------------------------------------------------------------------------------------
-
-
-class Workers(AbstractContextManager["Workers"]):
-    """The processes that prepare large files, started when the first one comes."""
-
-    def __init__(self, count: int):
-        self.count = count or len(os.sched_getaffinity(0))
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def pieces(self, origin: Path | str, work: Work) -> Iterator[Piece]:
-        """The file's pieces in order, at most two for each process ahead of the reader."""
-        size = origin.stat().st_size if isinstance(origin, Path) else 0
-        if size < LARGE or self.count == 1:
-            with _progress(f"preparing data.{work.part}", size) if size >= LARGE else nullcontext(lambda _: None) as advance:
-                for chunk in chunks(origin):
-                    yield prepare_piece(work, chunk)
-                    advance(chunk.size)
-            return
-        if self._pool is None:
-            # Spawned, as a fork would copy whatever locks torch's threads hold.
-            self._pool = ProcessPoolExecutor(self.count, get_context("spawn"), _start_worker, (os.getpid(),))
-        waiting: deque[Future[Piece]] = deque()
-        try:
-            # The renderer has megabytes of tokenizer: each process reads it once, not with every piece.
-            with tempfile.NamedTemporaryFile() as order, _progress(f"preparing data.{work.part}", size) as advance:
-                order.write(pickle.dumps(work))
-                order.flush()
-                for chunk in chunks(origin):
-                    waiting.append(self._pool.submit(_in_worker, order.name, chunk))
-                    if len(waiting) > 2 * self.count:
-                        yield self._next(waiting, advance)
-                while waiting:
-                    yield self._next(waiting, advance)
-        except BrokenProcessPool:
-            raise Refusal(
-                f"{origin}: a process that prepares it was killed, perhaps for memory ({self.count} run) — data.workers=1 needs the least"
-            ) from None
-
-    @staticmethod
-    def _next(waiting: deque[Future[Piece]], advance: Callable[[int], None]) -> Piece:
-        piece = waiting.popleft().result()
-        advance(piece.size)
-        return piece
-
-
-def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells them
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one of as many as there are cores
-    pa.set_cpu_count(1)
-    # Thousands of small objects live as long as a piece does: the collector would walk through all of them again and again.
-    gc.freeze()
-    gc.disable()
-
-    def watch() -> None:
-        while os.getppid() == parent:  # a parent that is killed says nothing
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(maxsize=1)
-def _order(name: str) -> Work:
-    work = pickle.loads(Path(name).read_bytes())
-    assert isinstance(work, Work)
-    return work
-
-
-def _in_worker(order: str, chunk: Chunk) -> Piece:
-    piece = prepare_piece(_order(order), chunk)
-    gc.collect()
-    return piece
-
-
-@contextmanager
-def _progress(what: str, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left, on a terminal; a line at the beginning and at the end elsewhere."""
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        print(f"{what}: {size / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
-    start = time.perf_counter()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=size)
-        yield lambda done: bar.update(task, advance=done)
-    if not console.is_terminal:
-        print(f"{what}: done in {time.perf_counter() - start:,.1f} s", file=sys.stderr, flush=True)
