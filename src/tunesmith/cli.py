@@ -123,7 +123,7 @@ def look_at_data(asked: argparse.Namespace) -> None:
             print(f"  {one.nats:6.2f}  {one.place}  {text[:100]}")
     if asked.html:
         write_data_page(
-            asked.html, title=", ".join(part.name for part in parts.values()), samples=samples, tokenizer=renderer.tokenizer,
+            asked.html, title=config.data.train, samples=samples, tokenizer=renderer.tokenizer,
             statistics={name: part.statistics for name, part in parts.items()}, unlikely=unlikely,
             findings=[row for part in parts.values() for row in part.table()],
         )  # fmt: skip
