@@ -60,14 +60,14 @@ def write_conversations(path: Path, size: int, seed: int = 0) -> int:
     return count
 
 
-def prepare_ours(file: Path, model: Path, cache: Path) -> dict[str, float]:
+def prepare_ours(file: Path, model: Path, cache: Path, template: str) -> dict[str, float]:
     """Prepare by tunesmith: check, render, mask, hash and write. Then start once more."""
     from tunesmith.config import Data
     from tunesmith.data.parts import read_parts
     from tunesmith.data.templates import renderer_for
     from tunesmith.model import load_tokenizer
 
-    data = Data(folder="", train=str(file), template="chatml", max_tokens=10**6, cache=str(cache))
+    data = Data(folder="", train=str(file), template=template, max_tokens=10**6, cache=str(cache))
     renderer = renderer_for(load_tokenizer(model), data)
     start = time.perf_counter()
     part = read_parts(data, renderer)["train"]
@@ -79,8 +79,8 @@ def prepare_ours(file: Path, model: Path, cache: Path) -> dict[str, float]:
     return {"seconds": seconds, "again_s": again_s, "conversations": len(part.examples), "tokens": part.statistics.tokens}
 
 
-def prepare_trl(file: Path, model: Path, cache: Path) -> dict[str, float]:
-    """Prepare by TRL's SFTTrainer, with as many processes as there are cores."""
+def prepare_trl(file: Path, model: Path, cache: Path, template: str) -> dict[str, float]:
+    """Prepare by TRL's SFTTrainer, by the model's own template with as many processes as there are cores."""
     import torch
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -100,10 +100,11 @@ def prepare_trl(file: Path, model: Path, cache: Path) -> dict[str, float]:
     return {"seconds": seconds, "conversations": len(trainer.train_dataset), "tokens": sum(len(row) for row in lengths)}
 
 
-def measured(who: str, file: Path, model: Path) -> dict[str, float]:
+def measured(who: str, file: Path, model: Path, template: str) -> dict[str, float]:
     """Run one of them in a process of its own; adds the peak of what it and its children hold, in MiB (shared pages divided)."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-W", "ignore", "-m", "bench.prepare", "--run", who, str(file), str(model), cache]
+        words = ["--template", template, "--run", who, str(file), str(model), cache]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.prepare", *words]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         peak = [0.0]
@@ -135,11 +136,12 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="size of the file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("tunesmith", "trl"))
+    parser.add_argument("--template", default="own", help="data.template of ours (own, as TRL's, or chatml)")
     parser.add_argument("--run", nargs=4, metavar=("WHO", "FILE", "MODEL", "CACHE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.run:
         who, *paths = asked.run
-        print(json.dumps({"tunesmith": prepare_ours, "trl": prepare_trl}[who](*map(Path, paths))))
+        print(json.dumps({"tunesmith": prepare_ours, "trl": prepare_trl}[who](*map(Path, paths), asked.template)))
         return
     from tunesmith.compose import compose
     from tunesmith.model import model_folder
@@ -152,7 +154,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {}
         for number in range(asked.rounds):
             for who in ("tunesmith", "trl") if not asked.only else (asked.only,):
-                found = measured(who, file, model)
+                found = measured(who, file, model, asked.template)
                 seconds.setdefault(who, []).append(found["seconds"])
                 rate = found["conversations"] / found["seconds"]
                 again = f", second start {found['again_s']:.2f} s" if "again_s" in found else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -690,6 +691,40 @@ def test_the_prompt_is_the_beginning_of_the_training_text(name: str, kind: str, 
             end = next((place for place, token in enumerate(answered) if token in made.stop_ids), len(answered) - 1)
             assert rendered.targets[len(asked) : len(asked) + end + 1].all()
             assert not rendered.targets[len(asked) - 1] or name == "glm4"
+
+
+@every_template
+@patient
+@given(st.data())
+def test_a_known_shape_gives_the_same_as_looking_at_each_conversation(name: str, data: st.DataObject) -> None:
+    """Empty texts, texts that are parts of what the template writes, and white space at their edges included."""
+    said = data.draw(messages(name, SAID | st.sampled_from(["", " ", "user", "assistant", " a\n", *TEMPLATES[name][1]]), calls=False))
+    learned = [{**message, "loss": data.draw(st.booleans())} for message in said]
+    turns = tuple(Turn(message["role"], message["content"], loss=message["loss"]) for message in learned)
+    made, asked = renderer(name), data.draw(st.booleans())
+    draft = made._draft(Conversation(turns, place="f#0"), asked)
+    expected = found(lambda: made._spans_alone(draft, asked))
+    assert [found(lambda: made._spans(draft, asked)) for _ in range(2)] == [expected, expected]
+
+
+def found(look: Callable[[], Any]) -> Any:
+    """What it gives, or why it refuses."""
+    try:
+        return look()
+    except Refusal as refusal:
+        return str(refusal)
+
+
+def test_most_conversations_are_written_once() -> None:
+    """The tenth of a shape costs one look at the template, however many answers it has."""
+    made = renderer("qwen2.5")
+    written: list[int] = []
+    write = made._rendered
+    made._rendered = lambda messages, tools, ask: written.append(len(messages)) or write(messages, tools, ask)  # type: ignore[method-assign, func-returns-value]
+    for number in range(10):
+        turns = [Turn("user", f"and {number}?"), Turn("assistant", f"{number}.", loss=True)] * 3
+        made.render(Conversation(tuple(turns), place="f#0"))
+    assert written[-9:] == [6] * 9
 
 
 @every_template

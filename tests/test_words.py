@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.conftest import ROOT
+from tunesmith.data.tokens import FastTokenizer
 from tunesmith.data.words import PATTERNS, Words, splits_at_blanks
 
 LLAMA3, QWEN2 = sorted(PATTERNS, key=lambda pattern: "{1,3}" not in pattern)
@@ -60,6 +61,30 @@ def test_the_same_tokens(tokenizer: Tokenizer, texts: list[str]) -> None:
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in clean]
     assert encoded(words, clean) == expected
     assert encoded(words, clean) == expected, "from memory"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_special_tokens_cut_a_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Where they are recognised, one that is the beginning of another included."""
+    tokenizer.add_special_tokens(["<|end|>x", "<|im_start|>"])
+    made = FastTokenizer(tokenizer.to_str())
+    assert made._marks
+    clean = [text.encode("utf-8", "ignore").decode() for text in [*texts, "<|end|>x <|end|>", "a <|im_start|>user\nb c<|end|>"]]
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = False
+    expected = [plain.encode(text, add_special_tokens=False).ids for text in clean]
+    assert [ids.tolist() for ids in made.encode_all(clean, split_special_tokens=False)] == expected
+
+
+def test_a_special_token_that_takes_white_space_along_is_left_to_the_library() -> None:
+    made = trained(SPLITTERS["gpt2"])
+    made.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    tokenizer = FastTokenizer(made.to_str())
+    assert tokenizer._marks is None
+    assert [ids.tolist() for ids in tokenizer.encode_all(["a  <mask> b"], split_special_tokens=False)] == [
+        Tokenizer.from_str(made.to_str()).encode("a  <mask> b", add_special_tokens=False).ids
+    ]
 
 
 def test_real_texts(tokenizer: Tokenizer) -> None:

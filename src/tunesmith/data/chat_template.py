@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ MARK = re.compile(r"[<\[{|].*[>\]}|]", re.S)
 """How tokens look that are no words, white space or runs of a sign."""
 PLACE = "\U0010fffd"
 """Stands for a whole text, to see where the template puts it."""
+PLACES = 0x10F000
+"""First of the private-use characters that stand for the texts of a shape, one for each message."""
+SHAPES = 4096
+"""Shapes of conversations that are remembered."""
 
 ADVICE = f"another data.template ({'|'.join(RENDERERS)})"
 
@@ -114,6 +118,32 @@ class Spans:
         return self.marks[place + 1] if place + 1 < len(self.marks) and self.marks[place + 1][0] == end else None
 
 
+class Shape:
+    """What a template writes for a sequence of roles, whatever is said: its spans around a character for each text."""
+
+    def __init__(self, spans: Spans):
+        self.spans = spans
+        self.pieces = re.split(f"([{chr(PLACES)}-{chr(PLACES + 0xFFF)}])", spans.text)
+        """What the template wrote, and between that the characters."""
+        self.places = list(accumulate(map(len, self.pieces)))[:-1:2]
+        """Where each of them stands."""
+
+    def filled(self, texts: Sequence[str]) -> str:
+        """The text with what was said."""
+        return "".join(texts[ord(piece) - PLACES] if number % 2 else piece for number, piece in enumerate(self.pieces))
+
+    def spans_of(self, text: str, texts: Sequence[str], marks: list[tuple[int, int]]) -> Spans:
+        """The spans of a filled text."""
+        longer = [0, *accumulate(len(texts[ord(piece) - PLACES]) - 1 for piece in self.pieces[1::2])]
+
+        def at(place: int) -> int:
+            return place + longer[bisect_left(self.places, place)]
+
+        starts = [start if start is None else at(start) for start in self.spans.starts]
+        learned = [(at(begin), at(end)) for begin, end in self.spans.learned]
+        return replace(self.spans, text=text, marks=marks, starts=starts, learned=learned)
+
+
 class ChatTemplate(Renderer):
     """A chat template in Jinja, with the tokens that transformers would make of it."""
 
@@ -126,6 +156,7 @@ class ChatTemplate(Renderer):
             writer(text)
         self._header = self._user_header = self._closing = ""
         self._silence: Message = {}
+        self._shapes: dict[Any, Shape | None] = {}
         self._offered: list[Any] | None = None
         self._writes_calls = self._writes_tools = self._joins_text = self._joins_calls = False
         stops = [self._vocabulary[stop] for stop in self._learn()]
@@ -139,6 +170,11 @@ class ChatTemplate(Renderer):
     @cached_property
     def _foreign(self) -> re.Pattern[str]:
         return re.compile(f"{self.encoder.special.pattern}|[\\U000F0000-\\U0010FFFF]")
+
+    @cached_property
+    def _firsts(self) -> frozenset[str]:
+        """First characters of the special tokens."""
+        return frozenset(token[0] for token in self.encoder.marks)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -306,6 +342,8 @@ class ChatTemplate(Renderer):
     def _hide(self, value: Any, hidden: dict[str, str]) -> Any:
         """The same with a character of our own for each special token's text, and for each character that could be taken for one."""
         if isinstance(value, str):
+            if value.isascii() and not any(first in value for first in self._firsts):
+                return value  # most texts: to look for a sign is much faster than for an expression
             return self._foreign.sub(lambda found: hidden.setdefault(found[0], chr(HIDDEN + len(hidden))), value)
         if isinstance(value, dict):
             return {self._hide(key, hidden): self._hide(item, hidden) for key, item in value.items()}
@@ -357,7 +395,33 @@ class ChatTemplate(Renderer):
         return Layout(parts, draft.said, spans.unstopped)
 
     def _spans(self, draft: Draft, ask: bool) -> Spans:
-        """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote."""
+        """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote.
+
+        Of conversations in which only texts differ the first is looked at with characters in place of texts. The others are
+        written once, and have their spans from it if that is what it says; else they are looked at for themselves.
+        """
+        if draft.tools is None and all(message.keys() == {"role", "content"} for message in draft.messages):
+            key = (ask, *((message["role"], draft.learned(number)) for number, message in enumerate(draft.messages)))
+            if key not in self._shapes:
+                if len(self._shapes) >= SHAPES:
+                    self._shapes.clear()
+                self._shapes[key] = self._shape(draft, ask)
+            if shape := self._shapes[key]:
+                texts = [message["content"] for message in draft.messages]
+                text = shape.filled(texts)
+                marks = [found.span() for found in self.encoder.special.finditer(text)]
+                if len(marks) == len(shape.spans.marks) and text == self._written(draft.messages, None, ask):
+                    return shape.spans_of(text, texts, marks)
+        return self._spans_alone(draft, ask)
+
+    def _shape(self, draft: Draft, ask: bool) -> Shape | None:
+        messages = [{**message, "content": chr(PLACES + number)} for number, message in enumerate(draft.messages)]
+        try:
+            return Shape(self._spans_alone(replace(draft, messages=messages, hidden={}), ask))
+        except Refusal:  # each conversation will say why for itself
+            return None
+
+    def _spans_alone(self, draft: Draft, ask: bool) -> Spans:
         count = len(draft.messages)
         text = self._write(draft, count, ask)
         spans = Spans(text, [found.span() for found in self.encoder.special.finditer(text)], [self._frame(draft, text), *[None] * count])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from tunesmith.data.words import Words, splits_at_blanks
+from tunesmith.data.words import Words, marks, splits_at_blanks
 
 REMEMBERED = 2**22
 """Characters of recurring texts whose tokens are kept: tools and system lines of many kinds."""
@@ -67,6 +67,7 @@ class FastTokenizer:
         self._backend.no_padding()
         self.digest = hashlib.sha256(serialised.encode()).hexdigest()
         self._words = Words(self._backend) if splits_at_blanks(serialised) else None
+        self._marks = marks(serialised)
         self.added_tokens_decoder = self._backend.get_added_tokens_decoder()
 
     def __reduce__(self) -> tuple[type[FastTokenizer], tuple[str]]:
@@ -75,10 +76,28 @@ class FastTokenizer:
     def encode_all(self, texts: list[str], split_special_tokens: bool = True) -> list[np.ndarray]:
         """Token ids of each text, int32, on as many cores as the library takes."""
         self._backend.encode_special_tokens = split_special_tokens
-        if split_special_tokens and self._words:
+        if self._words and split_special_tokens:
             return self._words.encode_all(texts)
+        if self._words and self._marks:
+            return self._around_marks(texts)
         # Arrays at once: many lists that live on would have Python's garbage collector look at every object of torch.
         return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _around_marks(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids where special tokens are recognised: they cut a text, and what lies between two of them is plain."""
+        assert self._words
+        assert self._marks
+        pattern, ids = self._marks
+        cut = [pattern.split(text) for text in texts]  # at every second place a special token
+        self._backend.encode_special_tokens = True
+        plain = iter(self._words.encode_all([piece for pieces in cut for piece in pieces[::2]]))
+        joined = []
+        for pieces in cut:
+            found = [next(plain)]
+            for mark in pieces[1::2]:
+                found += [ids[mark], next(plain)]
+            joined.append(np.concatenate(found))
+        return joined
 
     def encode(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
         """Token ids of one text."""
@@ -111,7 +130,9 @@ class Encoder:
         self.added = [token.content for token in added]
         """Texts of all tokens that are found in a text before it is taken apart into words."""
         special = {token.content for token in added if token.special} | control.intersection([*self.added, *tokenizer.get_vocab()])
-        self.special = re.compile("|".join(map(re.escape, sorted(special, key=lambda token: (-len(token), token)))) or "(?!)")
+        self.marks = sorted(special, key=lambda token: (-len(token), token))
+        """Texts of all special tokens, the longest first."""
+        self.special = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
         """Any special token's text; the longest where several begin at the same place."""
         self._control = tuple(sorted(control))
         self._memories = {marked: Memory(REMEMBERED) for marked in (False, True)}

@@ -50,6 +50,23 @@ class Words:
         return [np.array([*chain.from_iterable(map(self._known.__getitem__, found))], np.int32) for found in pieces]
 
 
+def marks(serialised: str) -> tuple[re.Pattern[str], dict[str, np.ndarray]] | None:
+    """A pattern of a tokenizer's special tokens (from its tokenizer.json) and the id of each; None where one takes more than itself.
+
+    Of several at one place the longest is taken, as the library does.
+    """
+    added = json.loads(serialised).get("added_tokens", ())
+    special = sorted((token["content"] for token in added if token["special"]), key=len, reverse=True)
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    takes_more = any(token[flag] for token in added if token["special"] for flag in flags)
+    # An added word that begins before a special token would take it along.
+    torn = any(mark in token["content"] for token in added if not token["special"] for mark in special)
+    if takes_more or torn or not special:
+        return None
+    ids = {token["content"]: np.array([token["id"]], np.int32) for token in added if token["special"]}
+    return re.compile(f"({'|'.join(map(re.escape, special))})"), ids
+
+
 def splits_at_blanks(serialised: str) -> bool:
     """Whether the memory may stand in front of this tokenizer (its tokenizer.json)."""
     about = json.loads(serialised)
