@@ -292,6 +292,15 @@ def test_whatever_a_record_holds_it_is_read_or_refused_with_its_place(messages: 
         assert all(turn.role == "assistant" and isinstance(turn.call.parameters, dict) for turn in found.turns if turn.call)
 
 
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_what_only_python_takes_for_json_is_a_mistake(constant: str, tmp_path: Path) -> None:
+    """In a file, and in OpenAI's arguments, which are JSON in a text: a call with it could not be read back."""
+    call = {"function": {"name": "f", "arguments": f'{{"a": {constant}}}'}}
+    assert f"({constant} is no JSON)" in mistake(USER, {"role": "assistant", "tool_calls": [call]})
+    (tmp_path / "a.jsonl").write_text(f'{{"conversations": [], "a": {constant}}}\n')
+    assert f"({constant} is no JSON)" in refusal(tmp_path / "a.jsonl")[0]
+
+
 # --- what may be kept, and rules that differ ------------------------------------------------------------------------
 
 KEEPABLE = {

@@ -202,6 +202,23 @@ def test_streaming_gives_the_same_and_keeps_no_tokens(tmp_path: Path) -> None:
     assert sizes[1] - sizes[0] > 4 * tokens - 16 * len(records), "the smaller one holds no tokens"
 
 
+@pytest.mark.parametrize("changed", ["kitchen->cellar!", "{->[", "all->"])
+def test_streaming_notices_a_file_that_changes_while_a_run_goes_on(changed: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl")
+    examples = read(settings(tmp_path, streaming=True))["train"].examples
+    assert len(examples[0].ids)
+    old, _, new = changed.partition("->")
+    file.write_text("" if old == "all" else file.read_text().replace(old, new))
+    with pytest.raises(Refusal, match=rf"^{file}:1: the file has changed since this run began"):
+        examples[0]
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").symlink_to("/proc/self/mem")  # a regular file whose first bytes are an error of the device
+    with pytest.raises(Refusal, match=r"^data\.train=.*train\.jsonl: cannot be read \("):
+        read(settings(tmp_path))
+
+
 def test_streaming_needs_lines(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(tiny_conversations(3)))
     with pytest.raises(Refusal, match=r"data\.streaming=true: only \.jsonl can be read at any place"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.config import Compat, Data, Policy
-from tunesmith.data.files import Mistake
+from tunesmith.data.files import Mistake, no_json
 from tunesmith.data.formats import as_conversation
 
 ROLES = ("system", "user", "assistant", "tool", "observation", "text")
@@ -144,7 +144,7 @@ def _openai_call(call: Any, where: str) -> Call:
     name, arguments = function.get("name"), function.get("arguments")
     arguments = {} if arguments is None else arguments
     try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = json.loads(arguments, parse_constant=no_json) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as error:
         raise Mistake("malformed", f"{where}: arguments of the tool call are not JSON ({error})") from None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):

@@ -275,12 +275,17 @@ def _without_mark(line: bytes, number: int) -> bytes:
 def _json(text: str, place: str, lines: bool = False) -> Any:
     """The JSON value, or a Mistake; the last of equal keys counts."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=no_json)
     except json.JSONDecodeError as error:
         where = f"{place}:{error.lineno}" if lines else place
         return Mistake("broken_json", f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
         return Mistake("broken_json", f"{place}: not JSON that can be read ({error})")
+
+
+def no_json(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python's reader would take: no model could say them in a call that is read back."""
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _damage(record: Any, place: str) -> Mistake | None:

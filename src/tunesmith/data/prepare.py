@@ -286,11 +286,14 @@ class Prepared:
         assert isinstance(self.origin, Path)
         start, length = self._value("start", row), self._value("bytes", row)
         line = Lines(self.origin, int(self._value("place", row).lstrip(":")), start, line_at(self.origin, start, length))
-        ((place, record),) = line.records()
-        conversation = parse_conversation(record, place, self._work.data)
-        usable = _usable(conversation, self._work.renderer.render(conversation), self._work, Findings())
-        if usable is None:
-            raise Refusal(f"{place}: the file has changed since it was prepared — start again")
+        place, record = next(line.records(), (self.place(row), None))
+        try:
+            conversation = parse_conversation(record, place, self._work.data)
+            usable = _usable(conversation, self._work.renderer.render(conversation), self._work, Findings())
+        except Mistake:
+            usable = None
+        if usable is None or _hash(usable[1].ids) != self._value("hash", row):
+            raise Refusal(f"{place}: the file has changed since this run began — stop, and start again")
         return usable
 
     def _value(self, name: str, row: int) -> Any:
@@ -375,6 +378,13 @@ def _content(origin: Path | str, folder: Path) -> str:
     """A hash of the source; remembered with the file's times, so that a second start need not read gigabytes again."""
     if isinstance(origin, str):
         return content_name(origin)
+    try:
+        return _content_of(origin, folder)
+    except OSError as error:
+        raise Refusal(f"{origin}: cannot be read ({error.strerror or error})") from None
+
+
+def _content_of(origin: Path, folder: Path) -> str:
     about = origin.stat()
     mark = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
     memory = folder / "sources" / hashlib.sha256(str(origin.resolve()).encode()).hexdigest()[:24]
