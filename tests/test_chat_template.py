@@ -701,10 +701,18 @@ def test_a_known_shape_gives_the_same_as_looking_at_each_conversation(name: str,
     said = data.draw(messages(name, SAID | st.sampled_from(["", " ", "user", "assistant", " a\n", *TEMPLATES[name][1]]), calls=False))
     learned = [{**message, "loss": data.draw(st.booleans())} for message in said]
     turns = tuple(Turn(message["role"], message["content"], loss=message["loss"]) for message in learned)
-    made, asked = renderer(name), data.draw(st.booleans())
-    draft = made._draft(Conversation(turns, place="f#0"), asked)
-    expected = found(lambda: made._spans_alone(draft, asked))
-    assert [found(lambda: made._spans(draft, asked)) for _ in range(2)] == [expected, expected]
+    kind, asked, whole = data.draw(st.sampled_from(["bytes", "words"])), data.draw(st.booleans()), Conversation(turns, place="f#0")
+    made, slow = renderer(name, kind), pickle.loads(pickle.dumps(renderer(name, kind)))
+    slow._shape = lambda draft, ask: None
+
+    def tokens(by: ChatTemplate) -> list[Any]:
+        layout = by.lay_out(whole, asked)
+        ids = by.encoder.tokens([part.content for part in layout.parts])
+        each = [(token, part.turn, part.learned) for part, some in zip(layout.parts, ids, strict=True) for token in some.tolist()]
+        return [each, layout.said, layout.unstopped]
+
+    expected = found(lambda: tokens(slow))
+    assert [found(lambda: tokens(made)) for _ in range(2)] == [expected, expected]
 
 
 def found(look: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ QUIET = ["eval.before=false", "eval.after=false", "method.dropout=0.1"]  # dropo
 def with_fault(words: list[str], launcher: str, ranks: int, fault: str, folder: Path) -> tuple[Finished, float]:
     """A launch in which one rank does something at one step, and the seconds from then to the end of the job."""
     mark = folder / "fault.txt"
-    extra = {"PYTHONPATH": str(ROOT / "tests/faults"), "TUNESMITH_TEST_FAULT": fault, "TUNESMITH_TEST_FAULT_FILE": str(mark)}
+    path = os.pathsep.join([str(ROOT / "tests/faults"), os.environ.get("PYTHONPATH", "")])
+    extra = {"PYTHONPATH": path, "TUNESMITH_TEST_FAULT": fault, "TUNESMITH_TEST_FAULT_FILE": str(mark)}
     done = launch(launcher, words, ranks, extra=extra)
     assert mark.is_file(), f"the fault never happened\n{done.output}"
     return done, time.time() - float(mark.read_text().split()[0])

@@ -69,7 +69,7 @@ def test_special_tokens_cut_a_text(tokenizer: Tokenizer, texts: list[str]) -> No
     """Where they are recognised, one that is the beginning of another included."""
     tokenizer.add_special_tokens(["<|end|>x", "<|im_start|>"])
     made = FastTokenizer(tokenizer.to_str())
-    assert made._marks
+    assert made.marks
     clean = [text.encode("utf-8", "ignore").decode() for text in [*texts, "<|end|>x <|end|>", "a <|im_start|>user\nb c<|end|>"]]
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.encode_special_tokens = False
@@ -81,7 +81,7 @@ def test_a_special_token_that_takes_white_space_along_is_left_to_the_library() -
     made = trained(SPLITTERS["gpt2"])
     made.add_special_tokens([AddedToken("<mask>", lstrip=True)])
     tokenizer = FastTokenizer(made.to_str())
-    assert tokenizer._marks is None
+    assert tokenizer.marks is None
     assert [ids.tolist() for ids in tokenizer.encode_all(["a  <mask> b"], split_special_tokens=False)] == [
         Tokenizer.from_str(made.to_str()).encode("a  <mask> b", add_special_tokens=False).ids
     ]
@@ -102,7 +102,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(200):
         text = " ".join(f"w{number}x{i}" for i in range(50))
         assert encoded(words, [text]) == [made.encode(text, add_special_tokens=False).ids]
-        assert sum(map(len, words._known)) < 1000 + 2 * 50 * 8
+        assert sum(map(len, words)) < 1000 + 2 * 50 * 8
 
 
 def test_where_it_may_not_stand() -> None:

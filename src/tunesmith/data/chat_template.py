@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import TemplateSyntaxError
 
 from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.jinja import Tool, writer
 from tunesmith.data.templates import RENDERERS, Layout, Renderer
-from tunesmith.data.tokens import Encoder, Markup, Part, Tokenizer
+from tunesmith.data.tokens import Content, Encoder, Markup, Part, Tokenizer
 
 FILES = (".jinja", ".j2")
 HIDDEN = 0xF0000
@@ -38,10 +39,14 @@ PLACE = "\U0010fffd"
 """Stands for a whole text, to see where the template puts it."""
 PLACES = 0x10F000
 """First of the private-use characters that stand for the texts of a shape, one for each message."""
+PLACED = re.compile("([\U0010f000-\U0010ffff])")
 SHAPES = 4096
 """Shapes of conversations that are remembered."""
 
 ADVICE = f"another data.template ({'|'.join(RENDERERS)})"
+
+TEXT = {"role", "content"}
+"""Keys of a message that is nothing but text."""
 
 FIND = Call("find_it", {"thing": "a_key"})
 
@@ -118,30 +123,69 @@ class Spans:
         return self.marks[place + 1] if place + 1 < len(self.marks) and self.marks[place + 1][0] == end else None
 
 
+class Cut(NamedTuple):
+    """A stretch of a template's text that is all of one turn, and all learned or all not."""
+
+    text: str
+    after: str
+    """What stands before it, from the last special token on; empty where that does not matter."""
+    turn: int
+    learned: bool
+
+
 class Shape:
-    """What a template writes for a sequence of roles, whatever is said: its spans around a character for each text."""
+    """How a template writes a sequence of roles, whatever is said: cut around a character for each text."""
 
-    def __init__(self, spans: Spans):
-        self.spans = spans
-        self.pieces = re.split(f"([{chr(PLACES)}-{chr(PLACES + 0xFFF)}])", spans.text)
-        """What the template wrote, and between that the characters."""
-        self.places = list(accumulate(map(len, self.pieces)))[:-1:2]
-        """Where each of them stands."""
+    def __init__(self, spans: Spans, cuts: list[Cut], encoder: Encoder):
+        self.unstopped = spans.unstopped
+        self._marks = len(spans.marks)
+        self._text = _pieces(spans.text)
+        self._cuts = [(_pieces(cut.text), _pieces(cut.after), cut.turn, cut.learned) for cut in cuts]
+        self._parts: list[Part | tuple[Any, list[str | int], list[str | int], int, bool]] = []
+        for cut in cuts:
+            for content in encoder.apart(cut.text, cut.after):
+                self._add(content, cut, encoder)
 
-    def filled(self, texts: Sequence[str]) -> str:
-        """The text with what was said."""
-        return "".join(texts[ord(piece) - PLACES] if number % 2 else piece for number, piece in enumerate(self.pieces))
+    def _add(self, content: Content, cut: Cut, encoder: Encoder) -> None:
+        """Keep the tokens of what is always the same, and the pieces of the rest."""
+        text, after = ("", "") if isinstance(content, np.ndarray) else (content, "") if isinstance(content, str) else content
+        if PLACED.search(text + after):
+            self._parts.append((type(content), _pieces(text), _pieces(after), cut.turn, cut.learned))
+            return
+        ids, part = encoder.tokens([content])[0], self._parts[-1] if self._parts else None
+        if isinstance(part, Part) and part[1:] == (cut.turn, cut.learned):
+            ids = np.concatenate([part.content, ids])
+            self._parts.pop()
+        self._parts.append(Part(ids, cut.turn, cut.learned))
 
-    def spans_of(self, text: str, texts: Sequence[str], marks: list[tuple[int, int]]) -> Spans:
-        """The spans of a filled text."""
-        longer = [0, *accumulate(len(texts[ord(piece) - PLACES]) - 1 for piece in self.pieces[1::2])]
+    def filled(self, texts: Sequence[str], special: re.Pattern[str]) -> str | None:
+        """The whole text with what was said; None if that makes another number of special tokens."""
+        text = _filled(self._text, texts)
+        return text if len(special.findall(text)) == self._marks else None
 
-        def at(place: int) -> int:
-            return place + longer[bisect_left(self.places, place)]
+    def cuts(self, texts: Sequence[str]) -> list[Cut]:
+        """Its stretches with what was said."""
+        return [Cut(_filled(text, texts), _filled(after, texts), turn, learned) for text, after, turn, learned in self._cuts]
 
-        starts = [start if start is None else at(start) for start in self.spans.starts]
-        learned = [(at(begin), at(end)) for begin, end in self.spans.learned]
-        return replace(self.spans, text=text, marks=marks, starts=starts, learned=learned)
+    def parts(self, texts: Sequence[str]) -> list[Part]:
+        """The same for the encoder, where no text is a special token's."""
+        parts = []
+        for part in self._parts:
+            if not isinstance(part, Part):
+                kind, pieces, before, turn, learned = part
+                text = _filled(pieces, texts)
+                part = Part(text if kind is str else kind(text, _filled(before, texts)), turn, learned)
+            parts.append(part)
+        return parts
+
+
+def _pieces(text: str) -> list[str | int]:
+    """Text and, at every second place, the number of a message's text."""
+    return [ord(piece) - PLACES if number % 2 else piece for number, piece in enumerate(PLACED.split(text))]
+
+
+def _filled(pieces: list[str | int], texts: Sequence[str]) -> str:
+    return "".join([texts[piece] if isinstance(piece, int) else piece for piece in pieces])
 
 
 class ChatTemplate(Renderer):
@@ -370,58 +414,71 @@ class ChatTemplate(Renderer):
 
     def lay_out(self, conversation: Conversation, ask: bool) -> Layout:
         draft = self._draft(conversation, ask)
-        spans = self._spans(draft, ask)
+        if shape := self._shape(draft, ask):
+            texts = [message["content"] for message in draft.messages]
+            parts = self._parts(shape.cuts(texts), draft.hidden) if draft.hidden else shape.parts(texts)
+            unstopped = shape.unstopped
+        else:
+            spans = self._spans(draft, ask)
+            parts, unstopped = self._parts(self._cut(draft, spans), draft.hidden), spans.unstopped
+        if self._closing and not ask:
+            parts.append(Part(Markup(self._closing), -1, False))
+        return Layout(parts, draft.said, unstopped)
+
+    def _parts(self, cuts: list[Cut], hidden: Mapping[str, str]) -> list[Part]:
+        parts = []
+        for text, after, turn, learned in cuts:
+            for piece, is_hidden in self._shown(text, hidden):
+                content = piece if is_hidden else Markup(piece, "" if hidden and STANDINGS.search(after) else after)
+                parts.append(Part(content, turn, learned))
+                after = ""
+        return parts
+
+    def _shape(self, draft: Draft, ask: bool) -> Shape | None:
+        """The shape of a conversation; None if its text cannot be had by filling one.
+
+        Of conversations in which only texts differ the first is looked at with characters in place of texts. The others are
+        written once, and are cut where it is if that is what the template writes; else they are looked at for themselves.
+        """
+        if draft.tools is not None or not all(message.keys() == TEXT for message in draft.messages):
+            return None
+        key = (ask, *[(message["role"], draft.learned(number)) for number, message in enumerate(draft.messages)])
+        if key not in self._shapes:
+            if len(self._shapes) >= SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = self._new_shape(draft, ask)
+        shape, texts = self._shapes[key], [message["content"] for message in draft.messages]
+        fits = shape and shape.filled(texts, self.encoder.special) == self._written(draft.messages, None, ask)
+        return shape if fits else None
+
+    def _new_shape(self, draft: Draft, ask: bool) -> Shape | None:
+        messages = [{**message, "content": chr(PLACES + number)} for number, message in enumerate(draft.messages)]
+        try:
+            spans = self._spans(replace(draft, messages=messages, hidden={}), ask)
+        except Refusal:  # each conversation will say why for itself
+            return None
+        return Shape(spans, self._cut(draft, spans), self.encoder)
+
+    def _cut(self, draft: Draft, spans: Spans) -> list[Cut]:
         text, marks = spans.text, spans.marks
         begins, ends = {begin for begin, _ in marks}, [end for _, end in marks]
         starts = [(start, first) for start, first in zip(spans.starts, [*draft.firsts, len(draft.said)], strict=True) if start is not None]
         learned = dict(spans.learned)
         # Beside a special token a cut changes no token; elsewhere, whose turn a token is counted to is not worth one.
         harmless = {start for start, _ in starts} & (begins | set(ends))
-        cuts = sorted({0, len(text), *harmless, *learned, *learned.values()})
-        parts: list[Part] = []
+        places = sorted({0, len(text), *harmless, *learned, *learned.values()})
+        cuts: list[Cut] = []
         learned_until = 0
-        for begin, end in pairwise(cuts):
+        for begin, end in pairwise(places):
             learned_until = learned.get(begin, learned_until)
             started = bisect_right(starts, begin, key=lambda known: known[0])
-            turn = starts[started - 1][1] if started else -1
             before = bisect_right(ends, begin)
             after = text[marks[before - 1][0] : begin] if before and begin not in begins else ""
-            for piece, is_hidden in self._shown(text[begin:end], draft.hidden):
-                content = piece if is_hidden else Markup(piece, "" if draft.hidden and STANDINGS.search(after) else after)
-                parts.append(Part(content, turn, begin < learned_until))
-                after = ""
-        if self._closing and not ask:
-            parts.append(Part(Markup(self._closing), -1, False))
-        return Layout(parts, draft.said, spans.unstopped)
+            cuts.append(Cut(text[begin:end], after, starts[started - 1][1] if started else -1, begin < learned_until))
+        return cuts
 
     def _spans(self, draft: Draft, ask: bool) -> Spans:
-        """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote.
-
-        Of conversations in which only texts differ the first is looked at with characters in place of texts. The others are
-        written once, and have their spans from it if that is what it says; else they are looked at for themselves.
-        """
-        if draft.tools is None and all(message.keys() == {"role", "content"} for message in draft.messages):
-            key = (ask, *((message["role"], draft.learned(number)) for number, message in enumerate(draft.messages)))
-            if key not in self._shapes:
-                if len(self._shapes) >= SHAPES:
-                    self._shapes.clear()
-                self._shapes[key] = self._shape(draft, ask)
-            if shape := self._shapes[key]:
-                texts = [message["content"] for message in draft.messages]
-                text = shape.filled(texts)
-                marks = [found.span() for found in self.encoder.special.finditer(text)]
-                if len(marks) == len(shape.spans.marks) and text == self._written(draft.messages, None, ask):
-                    return shape.spans_of(text, texts, marks)
-        return self._spans_alone(draft, ask)
-
-    def _shape(self, draft: Draft, ask: bool) -> Shape | None:
-        messages = [{**message, "content": chr(PLACES + number)} for number, message in enumerate(draft.messages)]
-        try:
-            return Shape(self._spans_alone(replace(draft, messages=messages, hidden={}), ask))
-        except Refusal:  # each conversation will say why for itself
-            return None
-
-    def _spans_alone(self, draft: Draft, ask: bool) -> Spans:
+        """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote."""
         count = len(draft.messages)
         text = self._write(draft, count, ask)
         spans = Spans(text, [found.span() for found in self.encoder.special.finditer(text)], [self._frame(draft, text), *[None] * count])

@@ -41,11 +41,21 @@ class Markup(NamedTuple):
     """What stands before it, from the last special token on: it can change the text's tokens, and its own are not wanted."""
 
 
+class Behind(NamedTuple):
+    """Plain text behind other plain text, which can change its tokens, and whose own are not wanted."""
+
+    text: str
+    after: str
+
+
+Content = str | Markup | Behind | np.ndarray
+"""Plain text, in which nothing is a special token; a template's text; plain text behind another; or token ids, int32."""
+
+
 class Part(NamedTuple):
     """A piece of a conversation that is all of one turn, and all learned or all not."""
 
-    content: str | Markup | np.ndarray
-    """Plain text, in which nothing is a special token; a template's text; or token ids, int32."""
+    content: Content
     turn: int
     """Index of the turn it came from, -1 for the frame."""
     learned: bool
@@ -67,7 +77,8 @@ class FastTokenizer:
         self._backend.no_padding()
         self.digest = hashlib.sha256(serialised.encode()).hexdigest()
         self._words = Words(self._backend) if splits_at_blanks(serialised) else None
-        self._marks = marks(serialised)
+        self.marks = marks(serialised) if self._words is not None else None
+        """A pattern of its special tokens and the id of each, where a text may be cut at them."""
         self.added_tokens_decoder = self._backend.get_added_tokens_decoder()
 
     def __reduce__(self) -> tuple[type[FastTokenizer], tuple[str]]:
@@ -76,18 +87,18 @@ class FastTokenizer:
     def encode_all(self, texts: list[str], split_special_tokens: bool = True) -> list[np.ndarray]:
         """Token ids of each text, int32, on as many cores as the library takes."""
         self._backend.encode_special_tokens = split_special_tokens
-        if self._words and split_special_tokens:
+        if self._words is not None and split_special_tokens:
             return self._words.encode_all(texts)
-        if self._words and self._marks:
+        if self._words is not None and self.marks:
             return self._around_marks(texts)
         # Arrays at once: many lists that live on would have Python's garbage collector look at every object of torch.
         return [np.array(encoding.ids, np.int32) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _around_marks(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids where special tokens are recognised: they cut a text, and what lies between two of them is plain."""
-        assert self._words
-        assert self._marks
-        pattern, ids = self._marks
+        assert self._words is not None
+        assert self.marks
+        pattern, ids = self.marks
         cut = [pattern.split(text) for text in texts]  # at every second place a special token
         self._backend.encode_special_tokens = True
         plain = iter(self._words.encode_all([piece for pieces in cut for piece in pieces[::2]]))
@@ -145,29 +156,50 @@ class Encoder:
         """A hash of all that tokens depend on."""
         return getattr(self.tokenizer, "digest", "") or hashlib.sha256(pickle.dumps(self.tokenizer)).hexdigest()
 
-    def tokens(self, contents: Sequence[str | Markup | np.ndarray]) -> list[np.ndarray]:
+    def apart(self, text: str, after: str) -> list[Content]:
+        """What has the tokens of Markup(text, after), cut at special tokens where their texts may be cut."""
+        if not (marks := getattr(self.tokenizer, "marks", None)):
+            return [Markup(text, after)]
+        pattern, ids = marks
+        first, *others = pattern.split(text)
+        before = pattern.split(after)[-1]
+        contents: list[Content] = [Behind(first, before) if before else first]
+        for mark, piece in zip(others[::2], others[1::2], strict=True):
+            contents += [ids[mark], piece]
+        return [content for content in contents if not isinstance(content, str) or content]
+
+    def tokens(self, contents: Sequence[Content]) -> list[np.ndarray]:
         """The tokens of each content, int32; each distinct text is encoded once."""
         plain = self._all((content for content in contents if isinstance(content, str)), False)
-        markups = {content for content in contents if isinstance(content, Markup)}
-        marked = self._markups(markups) if markups else {}
+        behind = self._behind({content for content in contents if isinstance(content, Behind)}, False)
+        marked = self._behind({content for content in contents if isinstance(content, Markup)}, True)
         return [
-            content if isinstance(content, np.ndarray) else marked[content] if isinstance(content, Markup) else plain[content]
+            content
+            if isinstance(content, np.ndarray)
+            else plain[content]
+            if isinstance(content, str)
+            else behind[content]
+            if isinstance(content, Behind)
+            else marked[content]
             for content in contents
         ]
 
-    def _markups(self, markups: Iterable[Markup]) -> dict[Markup, np.ndarray]:
-        encoded = self._all((text for one in markups for text in (one.after + one.text, one.after)), True)
-        found: dict[Markup, np.ndarray] = {}
-        torn: dict[Markup, str] = {}
-        for one in markups:
+    def _behind(self, ones: Collection[Behind | Markup], marked: bool) -> dict[Behind | Markup, np.ndarray]:
+        """The tokens of each without those of what stands before it."""
+        encoded = self._all((text for one in ones for text in (one.after + one.text, one.after)), marked)
+        found: dict[Behind | Markup, np.ndarray] = {}
+        torn: dict[Behind | Markup, str] = {}
+        for one in ones:
             whole, before = encoded[one.after + one.text], encoded[one.after]
-            if np.array_equal(whole[: len(before)], before):
+            if not one.after:
+                found[one] = whole
+            elif whole[: len(before)].tobytes() == before.tobytes():
                 found[one] = whole[len(before) :]
             else:  # a token would reach over the beginning: then the text stands behind the special token alone
                 special = self.special.match(one.after)
                 torn[one] = special[0] if special else ""
         if torn:
-            encoded = self._all((special + one.text for one, special in torn.items()), True)
+            encoded = self._all((special + one.text for one, special in torn.items()), marked)
             found |= {one: encoded[special + one.text][len(special) > 0 :] for one, special in torn.items()}
         return found
 

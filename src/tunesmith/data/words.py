@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -26,28 +25,27 @@ PATTERNS = {
 }
 
 
-class Words:
-    """A memory of words in front of a tokenizer of the library `tokenizers` that encodes plain text."""
+class Words(dict[str, bytes]):
+    """A memory of words in front of a tokenizer of the library `tokenizers` that encodes plain text: int32 token ids, as bytes."""
 
     def __init__(self, backend: Backend):
+        super().__init__()
         self._backend = backend
-        self._known: dict[str, tuple[int, ...]] = {}  # lists would be walked through by every garbage collection
         self._characters = 0
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self._backend.encode(word, add_special_tokens=False).ids, np.int32).tobytes()
+        self[word] = ids
+        self._characters += len(word)
+        return ids
 
     def encode_all(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int32, equal to the tokenizer's own."""
-        pieces = [BOUNDARY.split(text) for text in texts]
-        new = {piece for piece in chain.from_iterable(pieces) if piece not in self._known}
-        if new:
-            if self._characters > REMEMBERED:
-                self._known.clear()
-                self._characters = 0
-                new = set(chain.from_iterable(pieces))
-            listed = list(new)
-            encodings = self._backend.encode_batch_fast(listed, add_special_tokens=False)
-            self._known.update(zip(listed, (tuple(encoding.ids) for encoding in encodings), strict=True))
-            self._characters += sum(map(len, listed))
-        return [np.array([*chain.from_iterable(map(self._known.__getitem__, found))], np.int32) for found in pieces]
+        if self._characters > REMEMBERED:
+            self.clear()
+            self._characters = 0
+        # Bytes are joined without a look at any token.
+        return [np.frombuffer(b"".join(map(self.__getitem__, BOUNDARY.split(text))), np.int32) for text in texts]
 
 
 def marks(serialised: str) -> tuple[re.Pattern[str], dict[str, np.ndarray]] | None:
