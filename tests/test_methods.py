@@ -368,7 +368,7 @@ def test_a_prompt_is_a_beginning_of_all() -> None:
         ({"modules_to_save": ["norm"]}, "method.modules_to_save=norm: not trained beside adapters — type some of embed_tokens, lm_head"),
         ({"kind": MethodKind.prompt, "virtual_tokens": 0}, "method.virtual_tokens=0: must be at least 1"),
         ({"b_lr_ratio": 0.0}, "method.b_lr_ratio=0.0: must be above 0"),
-        ({"kind": MethodKind.prefix, "virtual_tokens": 7000}, "8192 positions, 7000 of them for virtual tokens, — type data.max_tokens=1192"),
+        ({"kind": MethodKind.prefix, "virtual_tokens": 7000}, "8192 positions, 7000 of them for virtual tokens — type data.max_tokens=1192"),
     ],
 )  # fmt: skip
 def test_what_the_plan_refuses(method: dict[str, Any], says: str) -> None:

@@ -138,7 +138,7 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
     yield from _method_problems(config, shape)
     virtual = method.virtual_tokens if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
     if shape and config.data.max_tokens + virtual > shape.max_positions:
-        behind = f", {virtual} of them for virtual tokens," if virtual else ""
+        behind = f", {virtual} of them for virtual tokens" if virtual else ""
         yield (
             f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions{behind} "
             f"— type data.max_tokens={shape.max_positions - virtual}"
