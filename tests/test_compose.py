@@ -139,7 +139,7 @@ ONE_MISTAKE = {
     "bad enum": ("optim.schedule=cosin", "override optim.schedule=cosin: optim.schedule: 'cosin' is not one of constant, linear, cosine"),
     "unknown choice": (
         "method=qlorra",
-        "override method=qlorra: no such option — did you mean qlora? (valid: full, lora, lora_int8, qlora)",
+        "override method=qlorra: no such option — did you mean qlora? (valid: full, lora, lora_int8, prefix, prompt, qlora)",
     ),
     "not key=value": ("lr", "override lr: missing EQUAL at '<EOF>' — write key=value, +exp=NAME or group=option"),
     "experiment without +": ("exp=lora_cpu", "override exp=lora_cpu: experiments are added — write +exp=lora_cpu"),
@@ -336,5 +336,5 @@ def test_a_persons_mistake_ends_with_code_2_and_no_traceback(words: list[str], e
 
 
 def test_choices_are_the_files() -> None:
-    assert choices("method") == ["full", "lora", "lora_int8", "qlora"]
+    assert choices("method") == ["full", "lora", "lora_int8", "prefix", "prompt", "qlora"]
     assert choices("nonsense") == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tunesmith.config import Method, MethodKind
+from tests.test_model import config_for
+from tunesmith.config import Batching, Method, MethodKind
+from tunesmith.data.layout import Example, lay_out
+from tunesmith.model import build_model
 from tunesmith.plan.flops import Attention, Flops, step_flops
 from tunesmith.plan.shapes import KNOWN, ModelShape
 
@@ -174,3 +179,68 @@ def test_steps_add_up_and_execute_at_least_what_is_useful(first: list[int], seco
         again = step_flops(LLAMA, method, first + second, targets, checkpointing=True)
         assert again.useful == both.useful
         assert again.executed > both.executed
+
+
+# --- what a run executes -------------------------------------------------------------------------------------------
+
+
+def _kernel(query: Any, key: Any, *args: Any, matmuls: int, causal_at: int, **_: Any) -> int:
+    """FLOPs of PyTorch's fused CPU attention, which its counter does not know: [rows, heads, n, d] each."""
+    rows, heads, n, d = query
+    causal = len(args) > causal_at and args[causal_at]
+    return int(matmuls * 2 * d * heads * rows * (n * (n + 1) // 2 if causal else n * key[2]))
+
+
+KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, out_shape=None, **o: _kernel(
+        q, k, *a, matmuls=2, causal_at=1
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, out, sums, *a, out_shape=None, **o: _kernel(
+        q, k, *a, matmuls=5, causal_at=1
+    ),
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"kind": MethodKind.full},
+    "lora": {"r": 4},
+    "upper layers": {"r": 4, "first_layer": 1},
+    "v of the upper layers": {"r": 4, "first_layer": 1, "targets": ["v_proj"]},
+    "dora": {"r": 4, "dora": True},
+    "dora of some": {"r": 4, "dora": True, "targets": ["q_proj", "up_proj"], "first_layer": 1},
+    "dora with dropout": {"r": 4, "dora": True, "dropout": 0.1},
+    "embedding and upper layers": {"r": 4, "first_layer": 1, "modules_to_save": ["embed_tokens"]},
+    "head": {"r": 4, "first_layer": 1, "modules_to_save": ["lm_head"]},
+    "prefix": {"kind": MethodKind.prefix, "virtual_tokens": 7},
+    "prompt": {"kind": MethodKind.prompt, "virtual_tokens": 7},
+}
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 2], ids=["kept", "recomputed", "every second recomputed"])
+@pytest.mark.parametrize("method", RUNS.values(), ids=RUNS)
+def test_a_run_executes_what_the_plan_says(method: dict[str, Any], recomputed: int, tmp_path: Path) -> None:
+    """Two micro-batches of the module that a run trains, with fused kernels, common beginnings and recomputation: to the last FLOP."""
+    shape = LLAMA
+    model_of(shape).save_pretrained(tmp_path)
+    config = config_for(tmp_path, **method)
+    config.engine.checkpointing, config.engine.checkpoint_every = recomputed > 0, max(1, recomputed)
+    module = build_model(config, tmp_path, torch.device("cpu"))
+    assert sum(w.numel() for w in module.parameters() if w.requires_grad) == shape.trained_weights(config.method)
+    draw = np.random.default_rng(0)
+    begins = [draw.integers(0, shape.vocab, 20), draw.integers(0, shape.vocab, 0)]
+    lengths: list[int] = []
+    contexts: list[int] = []
+    targets = 0
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
+        for begin in begins:
+            texts = [np.concatenate([begin, draw.integers(0, shape.vocab, 12)]).astype(np.int32) for _ in range(3)]
+            batch = lay_out([Example(text, np.arange(len(text)) > len(begin) + 3, "made up") for text in texts], Batching.ragged)
+            lengths += batch.lengths
+            contexts += [segment.context_length for segment in batch.segments]
+            targets += len(batch.predicting)
+            module(batch).backward()
+    engine = config.engine
+    planned = step_flops(
+        shape, config.method, lengths, targets, contexts=contexts, checkpointing=engine.checkpointing,
+        checkpoint_every=engine.checkpoint_every, micro_batches=2,
+    )  # fmt: skip
+    assert counter.get_total_flops() == planned.executed
+    assert planned.executed >= planned.useful > 0

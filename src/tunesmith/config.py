@@ -22,6 +22,8 @@ class Refusal(ValueError):
 class MethodKind(Enum):
     full = "full"
     lora = "lora"
+    prefix = "prefix"
+    prompt = "prompt"
 
 
 class Base(Enum):
@@ -118,7 +120,8 @@ class Model:
 @dataclass
 class Method:
     kind: MethodKind = MethodKind.lora
-    """full trains every weight; lora trains low-rank adapters beside a frozen base."""
+    """full trains every weight; beside a frozen base, lora trains low-rank adapters, prefix the keys and values of virtual tokens in
+    every layer (P-Tuning v2), prompt the embeddings of virtual tokens."""
     base: Base = Base.as_is
     """How frozen weights are stored: as_is (in precision.compute), int8 (LLM.int8), nf4 (QLoRA, double quantisation)."""
     r: int = 16
@@ -131,6 +134,16 @@ class Method:
     """Names of the linear layers that get an adapter; all-linear: every one but the output head."""
     rslora: bool = False
     """Scale adapters by alpha / sqrt(r) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
+    b_lr_ratio: float = 1.0
+    """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
+    first_layer: int = 0
+    """Lowest layer that gets adapters: below it nothing is kept for backward, nor computed there."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Of embed_tokens and lm_head, what is trained in full beside the adapters, and saved with them."""
+    virtual_tokens: int = 20
+    """Virtual tokens of prefix and prompt tuning."""
 
 
 @dataclass
@@ -148,7 +161,9 @@ class Engine:
     offload: bool = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
     checkpointing: bool = False
-    """Recompute each layer's activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    checkpoint_every: int = 1
+    """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 
@@ -288,6 +303,8 @@ class Optim:
     """Largest global gradient norm; 0: no clipping."""
     label_smoothing: float = 0.0
     """Share of each target's probability that is spread over the vocabulary (training only; held-out losses are without)."""
+    neftune_alpha: float = 0.0
+    """Strength of uniform noise on the embeddings while training (NEFTune, arXiv 2310.05914: 5 to 15); 0: none."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from tunesmith.data.examples import Examples
 from tunesmith.data.templates import Renderer, parse_call
 from tunesmith.engine import Engine
 from tunesmith.loop import held_out
-from tunesmith.model import for_generation
+from tunesmith.model import for_generation, new_tokens
 
 _BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
 """By training examples, which each data set has for itself: the numbers before and after are the same."""
@@ -82,9 +82,10 @@ def generate(model: Any, prompts: Sequence[list[int]], renderer: Renderer, max_n
     device = next(model.parameters()).device
     ids = torch.tensor([[stop[0]] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+    out = new_tokens(
+        model,
+        ids,
+        mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=stop,
@@ -92,7 +93,7 @@ def generate(model: Any, prompts: Sequence[list[int]], renderer: Renderer, max_n
         synced_gpus=synced,
     )
     texts = []
-    for row in out[:, longest:].tolist():
+    for row in out.tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row))
         texts.append(renderer.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
     return texts

@@ -115,6 +115,8 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         padded_to=work.padded_lengths,
         contexts=work.contexts,
         checkpointing=parts.config.engine.checkpointing,
+        checkpoint_every=parts.config.engine.checkpoint_every,
+        micro_batches=work.micro_batches,
     )
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real

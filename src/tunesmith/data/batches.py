@@ -35,6 +35,8 @@ class StepWork:
     """Target tokens of the whole step: what the loss is divided by."""
     logits: int
     """Positions whose logits are computed: fewer than targets where conversations share some."""
+    micro_batches: int
+    """Forwards of all ranks together, stand-ins left out."""
 
 
 class Batches:
@@ -142,6 +144,7 @@ class Batches:
             padded_lengths=tuple(node.filled for node in nodes),
             targets=int(self.examples.target_counts[chosen].sum()),
             logits=sum(predicting_positions(examples, part) for examples, part in parts),
+            micro_batches=len(parts),
         )
 
     def _arrange(self, step: int, part: list[int]) -> tuple[list[Example], list[Node]]:

@@ -21,6 +21,7 @@ from torch import nn
 from tunesmith.config import Config, EngineKind
 from tunesmith.data.batches import MicroBatch
 from tunesmith.model import TargetLoss
+from tunesmith.model.adapters import parameter_groups
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
 
@@ -175,12 +176,13 @@ def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, d
 
 def make_optimizer(module: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the trainable weights, weight decay on matrices only (fused where torch has it for the device)."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optim = config.optim
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        parameter_groups(module, config), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
     )
+
+
+def set_rate(optimizer: Any, lr: float) -> None:
+    """This step's learning rate, times each group's own factor (method.b_lr_ratio)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from tunesmith.config import Compute, Config
 from tunesmith.data.batches import MicroBatch
-from tunesmith.engine import Clock, Engine, Outcome, make_optimizer
+from tunesmith.engine import Clock, Engine, Outcome, make_optimizer, set_rate
 from tunesmith.model import TargetLoss
 from tunesmith.world import World
 
@@ -40,8 +40,7 @@ class AccelerateEngine(Engine):
             self.module.register_comm_hook(None, self._timed_all_reduce)
 
     def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1

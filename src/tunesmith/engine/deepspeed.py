@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.config import Config
 from tunesmith.data.batches import MicroBatch
-from tunesmith.engine import Clock, Engine, Outcome, make_optimizer
+from tunesmith.engine import Clock, Engine, Outcome, make_optimizer, set_rate
 from tunesmith.model import TargetLoss
 from tunesmith.plan import Plan
 from tunesmith.world import World
@@ -47,8 +47,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
         self.communication_s()  # what saving and evaluating have sent is not this step's
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.engine.optimizer, lr)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
             # The plan's accumulation holds for full steps; the last one of an epoch may have fewer micro-batches.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +18,18 @@ from torch import nn
 
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
-from tunesmith.model import attention, glm
+from tunesmith.model import adapters, attention, glm
+from tunesmith.model.adapters import inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.noise import with_noise
 from tunesmith.model.source import check_source, free_gib, model_folder
-from tunesmith.plan.shapes import glm_targets
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "read_adapter",
-    "save_model", "stream",
+    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "new_tokens",
+    "read_adapter", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
@@ -37,23 +37,21 @@ DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16
 
 
 class TargetLoss(nn.Module):
-    """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only."""
+    """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only.
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0):
+    Labels are smoothed and embeddings get noise in training mode only.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, neftune_alpha: float = 0.0):
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self.neftune_alpha = neftune_alpha
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
         device = next(self.model.parameters()).device
-        logits = self.model(
-            input_ids=batch.ids[None].to(device),
-            position_ids=batch.positions[None].to(device),
-            logits_to_keep=batch.predicting.to(device),
-            ragged=attention.rectangles(batch.segments, device),
-            use_cache=False,
-        ).logits[0]
+        logits = self._logits(batch, device)
         if batch.rows is not None:
             # Where a common beginning parts, one position has several next tokens. index_select adds up their gradients in a
             # fixed order; an index that names a position twice would let the threads decide, and runs would differ in bits.
@@ -62,6 +60,37 @@ class TargetLoss(nn.Module):
         losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none", label_smoothing=smoothing)
         loss = losses @ batch.counts.to(device)
         return loss if batch.weight else loss * 0.0
+
+    def _logits(self, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+        """Logits at the positions that predict targets, [positions, vocabulary]."""
+        model, ids = self.model, batch.ids.to(device)
+        inputs: dict[str, Any] = {"input_ids": ids[None]}
+        positions, predicting, segments = batch.positions, batch.predicting, batch.segments
+        prompt, prefix = adapters.learned_prompt(model), adapters.learned_prefix(model)
+        noisy = self.training and self.neftune_alpha > 0
+        if prompt is not None or noisy:
+            embedded = inner_model(model).get_input_embeddings()(ids)
+            if noisy:
+                embedded = with_noise(embedded, batch, self.neftune_alpha)
+            if prompt is not None:  # a beginning that all conversations share
+                virtual = len(prompt)
+                embedded = torch.cat([prompt.to(embedded.dtype), embedded])
+                segments, predicting = attention.behind(virtual, segments), predicting + virtual
+                positions = torch.cat([torch.arange(virtual), positions + virtual])
+            inputs = {"inputs_embeds": embedded[None]}
+        if prefix is not None:  # as PEFT has it, the first token comes behind the learned keys
+            positions = positions + prefix[0].shape[1]
+            inputs["prefix"] = prefix
+        if prompt is not None or prefix is not None:
+            model = inner_model(model)  # PEFT's own way is for padded rows
+        logits: torch.Tensor = model(
+            **inputs,
+            position_ids=positions[None].to(device),
+            logits_to_keep=predicting.to(device),
+            ragged=attention.rectangles(segments, device),
+            use_cache=False,
+        ).logits
+        return logits[0]
 
     def train(self, mode: bool = True) -> TargetLoss:
         """Training or evaluation mode, for every layer but NF4 ones."""
@@ -104,23 +133,18 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if config.method.kind is MethodKind.lora:
-        model = _with_adapters(model, config)
+    if config.method.kind is not MethodKind.full:
+        model = with_adapters(model, config)
     for parameter in model.parameters():
         # fp16 gradients of fp16 weights cannot be unscaled, and small updates vanish in half precision.
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.engine.checkpointing:
-        with _known_warnings():
-            base = model.get_base_model() if config.method.kind is MethodKind.lora else model
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Non-reentrant checkpoints need no gradient at the embedding; PEFT and transformers hook one in all the same, and
-        # backward would go on below the lowest adapter.
-        base.get_input_embeddings()._forward_hooks.clear()
+        recompute_layers(model, config)
     model.train()
     if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed:
         model.to(device)  # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then
-    return TargetLoss(model, config.optim.label_smoothing)
+    return TargetLoss(model, config.optim.label_smoothing, config.optim.neftune_alpha)
 
 
 def _load(folder: Path, config: Config, device: torch.device, implementation: str = attention.NAME) -> Any:
@@ -151,40 +175,10 @@ def _load(folder: Path, config: Config, device: torch.device, implementation: st
     return model
 
 
-def _with_adapters(model: Any, config: Config) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    method = config.method
-    named = glm_targets(method.targets) if model.config.model_type == glm.NATIVE else method.targets
-    targets: str | list[str] = "all-linear" if named == ["all-linear"] else named
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=method.r,
-        lora_alpha=cast(int, method.alpha),
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        use_rslora=method.rslora,
-    )
-    try:
-        with _known_warnings():
-            return get_peft_model(model, lora)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise Refusal(f"method.targets={method.targets}: {str(error).splitlines()[0]} — this model has {', '.join(linear)}") from None
-
-
-@contextmanager
-def _known_warnings() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 for an attribute by its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
-
-
 @contextmanager
 def for_generation(model: Any) -> Iterator[Any]:
     """The model with a KV cache and padded attention, in eval mode; its training state comes back afterwards."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     was_training = model.training
     model.eval()
     keep_nf4_in_training(model)
@@ -194,11 +188,6 @@ def for_generation(model: Any) -> Iterator[Any]:
     finally:
         base.set_attn_implementation(attention.NAME)
         model.train(was_training)
-
-
-def save_model(model: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write adapters in PEFT layout, or a full model in Hugging Face layout, into a folder."""
-    model.save_pretrained(folder, state_dict=state)
 
 
 def read_adapter(folder: Path, base_folder: Path) -> Any:
@@ -213,7 +202,7 @@ def read_adapter(folder: Path, base_folder: Path) -> Any:
     is_adapter = (folder / "adapter_config.json").is_file()
     model = AutoModelForCausalLM.from_pretrained(base_folder if is_adapter else folder, dtype=dtype)
     if is_adapter:
-        with _known_warnings():
+        with known_warnings():
             model = PeftModel.from_pretrained(model, folder)
     return model.to(device).eval()
 
@@ -223,16 +212,17 @@ def stream(model: Any, prompt: list[int], tokenizer: Any, stop_ids: tuple[int, .
     from transformers import TextStreamer
 
     ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+    out = new_tokens(
+        model,
+        ids,
+        torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
-    said: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    said: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return said.strip()
 
 

@@ -60,6 +60,15 @@ def rectangles(segments: Sequence[Segment], device: torch.device | str = "cpu") 
     return found
 
 
+def behind(tokens: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """A first segment of so many tokens, and these behind it, each of which continues it."""
+    moved = [
+        Segment(s.start + tokens, s.stop + tokens, ((0, tokens), *((start + tokens, stop + tokens) for start, stop in s.context)))
+        for s in segments
+    ]
+    return Segment(0, tokens), *moved
+
+
 def ragged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -69,32 +78,37 @@ def ragged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     ragged: Sequence[Rectangle] | None = None,
+    prefix: Sequence[torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each segment to its context and itself.
+    """Causal attention of each segment to what is learned, to its context and to itself.
 
-    query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] -> [1, tokens, heads, d].
+    query [1, heads, tokens, d], key and value [1, kv heads, tokens, d] -> [1, tokens, heads, d]. prefix: for each layer
+    learned keys and values that every token sees, [2, virtual tokens, kv heads, d].
     """
     if ragged is None:
         raise RuntimeError(f"{NAME} attention needs the layout of the micro-batch (keyword `ragged`)")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+    # What is learned is one more context, in front of what a segment continues.
+    first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
     shared = q.shape[1] // k.shape[1]
     grouped = shared > 1 and _flash_serves(q)
     if shared > 1 and not grouped:
-        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-    parts = []
+        k, v, first_k, first_v = (x.repeat_interleave(shared, dim=1) for x in (k, v, first_k, first_v))
+    done = []
     for box in ragged:
         box_q, box_k, box_v = (_fill(x[box.start : box.stop], box) for x in (q, k, v))
-        if box.context:
-            ck, cv = (torch.cat([x[a:b] for a, b in box.context])[None].transpose(1, 2) for x in (k, v))
+        if box.context or len(first_k):
+            outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
+            ck, cv = (torch.cat(parts)[None].transpose(1, 2) for parts in outer)
             out = _with_context(box_q, box_k, box_v, ck, cv, scaling, dropout)
         else:
             out = F.scaled_dot_product_attention(
                 box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
             )
         out = out.transpose(1, 2).reshape(box.rows * box.longest, *q.shape[1:])
-        parts.append(out if box.cells is None else out[box.cells])
-    return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+        done.append(out if box.cells is None else out[box.cells])
+    return torch.cat(done)[None] if len(done) > 1 else done[0][None], None
 
 
 def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
@@ -156,6 +170,8 @@ class _MergedAttention(torch.autograd.Function):
         outer_q, grad_ck, grad_cv = _backward(
             _one_row(grad), _one_row(q), ck, cv, _one_row(out), _one_row(total), 0.0, False, scale=ctx.scale
         )
+        if not any(ctx.needs_input_grad[:3]):  # the lowest layer under a learned prefix
+            return None, None, None, grad_ck, grad_cv, None
         own_q, grad_k, grad_v = _backward(grad, q, k, v, out, total, 0.0, True, scale=ctx.scale)
         return outer_q.view(heads, rows, n, d).transpose(0, 1) + own_q, grad_k, grad_v, grad_ck, grad_cv, None
 

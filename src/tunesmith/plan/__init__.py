@@ -152,7 +152,7 @@ def make_plan(
         memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu),
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
-        flops=step_flops(shape, config.method, lengths, sum(lengths), checkpointing=config.engine.checkpointing),
+        flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size),
         attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
         peak_note=peak_note,
@@ -171,7 +171,7 @@ def steps_per_epoch(conversations: int, tokens: int, conversations_per_step: int
 
 def trained_weights(shape: ModelShape, method: Method) -> int:
     """Number of weights that the optimizer updates."""
-    return shape.total_weights if method.kind is MethodKind.full else shape.adapter_weights(method.r, method.targets)
+    return shape.trained_weights(method)
 
 
 def _length(train: Train, conversations: int | None, tokens: int) -> tuple[int, float]:
@@ -232,9 +232,17 @@ def _attention_cost(shape: ModelShape, config: Config) -> float:
     Its FLOPs without logits are F(n) = linear * n + score * n (n + 1) / 2, as attention is causal. So score is F(2) - 2 F(1), and
     F(n) is (linear + score / 2) n + score / 2 n^2.
     """
-    one, two = (step_flops(shape, config.method, [n], 0, checkpointing=config.engine.checkpointing).executed for n in (1, 2))
+    one, two = (_flops(shape, config, [n], 0, 0).executed for n in (1, 2))
     half = (two - 2 * one) / 2
     return half / (one - half)
+
+
+def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, micro_batches: int) -> Flops:
+    engine = config.engine
+    return step_flops(
+        shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
+        micro_batches=micro_batches,
+    )  # fmt: skip
 
 
 def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> dict[str, Any]:
@@ -302,12 +310,22 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
 
 def _words(config: Config) -> str:
     method, engine = config.method, config.engine
-    kind = method.kind.value if method.kind is MethodKind.full else f"LoRA r={method.r}"
+    kind = {
+        MethodKind.full: "full",
+        MethodKind.lora: f"{'DoRA' if method.dora else 'LoRA'} r={method.r}",
+        MethodKind.prefix: f"prefix of {method.virtual_tokens} tokens",
+        MethodKind.prompt: f"prompt of {method.virtual_tokens} tokens",
+    }[method.kind]
+    if method.kind is MethodKind.lora:
+        kind += f" from layer {method.first_layer}" if method.first_layer else ""
+        kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
     base = "" if method.base is Base.as_is else f" on {method.base.value}"
     zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
+    every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
+    checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
     library = zero if engine.kind is EngineKind.deepspeed else "Accelerate"
     return (
-        f"{kind}{base}, {config.precision.compute.value}, {library}{', checkpointing' if engine.checkpointing else ''}"
+        f"{kind}{base}, {config.precision.compute.value}, {library}{checkpointing}"
     )
 
 

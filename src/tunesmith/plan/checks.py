@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Policy, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.shapes import ModelShape
@@ -39,7 +39,8 @@ def problems(
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
     found += [*_data_problems(config), *_combination_problems(config, shape)]
-    if any(line.startswith(("method.r=", "method.targets=", "data.max_tokens=")) for line in found):
+    unclear = (*(f"method.{name}" for name in ("r", "targets", *ONLY_LORA, "virtual_tokens")), "data.max_tokens", "engine.checkpoint_every")
+    if any(line.partition("=")[0] in unclear for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
     return [*found, *_hardware_problems(config, machine, world_size, local_size or world_size, shape)]
 
@@ -47,11 +48,11 @@ def problems(
 _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (
         "method.r data.max_tokens data.prepare_train data.prepare_test train.conversations_per_step train.keep "
-        "train.log_every eval.max_new_tokens eval.batch engine.timeout_s",
+        "train.log_every method.virtual_tokens engine.checkpoint_every eval.max_new_tokens eval.batch engine.timeout_s",
         "must be at least 1",
         lambda value: value >= 1,
     ),
-    ("optim.lr optim.eps method.alpha tracker.init_timeout_s", "must be above 0", lambda value: value > 0),
+    ("optim.lr optim.eps method.alpha method.b_lr_ratio tracker.init_timeout_s", "must be above 0", lambda value: value > 0),
     ("method.dropout optim.beta1 optim.beta2 optim.label_smoothing", "must be at least 0 and below 1", lambda value: 0 <= value < 1),
     ("optim.min_lr_ratio optim.decay_share", "must be between 0 and 1", lambda value: 0 <= value <= 1),
 )
@@ -132,17 +133,52 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
             f"engine.zero=3: splits weights into flat pieces, which tears a {base.value} base from the scales it is "
             "stored with — type engine.zero=2"
         )
-    if method.kind is MethodKind.lora and shape:
-        try:
-            if not shape.adapted(method.targets):
-                yield "method.targets=[]: no layer gets an adapter — type method.targets=[all-linear]"
-        except ValueError as error:
-            yield str(error)
-    if shape and config.data.max_tokens > shape.max_positions:
+    if engine.checkpoint_every > 1 and not engine.checkpointing:
+        yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
+    yield from _method_problems(config, shape)
+    virtual = method.virtual_tokens if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
+    if shape and config.data.max_tokens + virtual > shape.max_positions:
+        behind = f", {virtual} of them for virtual tokens" if virtual else ""
         yield (
-            f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions "
-            f"— type data.max_tokens={shape.max_positions}"
+            f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions{behind} "
+            f"— type data.max_tokens={shape.max_positions - virtual}"
         )
+
+
+ONLY_LORA = ("rslora", "dora", "b_lr_ratio", "first_layer", "modules_to_save")
+"""Settings of method that mean something to adapters alone."""
+
+
+def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
+    method, defaults = config.method, Method()
+    if method.kind is not MethodKind.lora:
+        for name in ONLY_LORA:
+            value, default = getattr(method, name), getattr(defaults, name)
+            if value != default:
+                said = ",".join(value) if isinstance(value, list) else str(value).lower()
+                instead = f"method.{name}={str(default).lower()}"
+                yield f"method.{name}={said}: method.kind={method.kind.value} has no adapters — type {instead}, or method=lora"
+        return
+    if method.dora and method.base is Base.int8:
+        yield (
+            "method.dora=true: PEFT loses an int8 layer's scales when it measures the rows of its weight (a CPU's forward fails, a card's "
+            "is untested) — type method.base=nf4, or method.dora=false"
+        )
+    if method.dora and config.engine.kind is EngineKind.deepspeed and config.engine.zero == 3:
+        yield "method.dora=true: measures whole weights outside their layers, and ZeRO 3 leaves a part of each there — type engine.zero=2"
+    if not shape:
+        return
+    if method.first_layer >= shape.layers:
+        yield (
+            f"method.first_layer={method.first_layer}: {shape.name} has layers 0 to {shape.layers - 1}, and none would get an adapter "
+            f"— type method.first_layer={shape.layers // 2}"
+        )
+    try:
+        if not shape.adapted(method.targets):
+            yield "method.targets=[]: no layer gets an adapter — type method.targets=[all-linear]"
+        shape.trained_ends(method)
+    except ValueError as error:
+        yield str(error)
 
 
 def _hardware_problems(
@@ -202,15 +238,15 @@ def _hardware_problems(
 def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: float, on_cpu: bool) -> str:
     """The line for a model that does not fit, with the three settings that save most and what they would leave."""
     size_gib, tokens, train = _size_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
-    lora, as_is = config.method.kind is MethodKind.lora, config.method.base is Base.as_is
+    full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
-        (lora and as_is and zero != 3, "method.base=nf4", {"method.base": Base.nf4}),
-        (not lora, "method=lora", {"method.kind": MethodKind.lora}),
+        (not full and as_is and zero != 3, "method.base=nf4", {"method.base": Base.nf4}),
+        (full, "method=lora", {"method.kind": MethodKind.lora}),
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
         (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
         (0 <= zero < 3 and world_size > 1 and as_is, "engine.zero=3", {"engine.zero": 3}),
-        (zero in (2, 3) and not lora and not on_cpu, "engine.offload=true", {"engine.offload": True}),
+        (zero in (2, 3) and full and not on_cpu, "engine.offload=true", {"engine.offload": True}),
         (tokens >= 256, f"data.max_tokens={tokens // 2}", {"data.max_tokens": tokens // 2}),
     ]
 

@@ -3,7 +3,7 @@
 A matmul of n tokens with a weight of a x b is 2 n a b FLOPs. Everything else (norms, softmax, rotary embedding, the
 embedding lookup, dequantisation, the optimizer) is limited by memory and counts nothing, as in PaLM's MFU (arXiv
 2204.02311, appendix B). What autograd skips is not counted either: a frozen weight has no weight gradient, which makes
-LoRA about 4N instead of 6N a token, and nothing flows below the first adapter, since the embedding is frozen.
+LoRA about 4N instead of 6N a token, and nothing flows below the lowest trained layer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ class _Layer:
     backward: int
     score_matmuls: int
     """Of the four: dV, dP, dQ, dK."""
+    prefix_matmuls: int
+    """The same over the scores of learned keys."""
+    saved_last: int
+    """A token's in the layer's last matmul, behind which autograd saves nothing: a recomputation stops before it."""
+    dora_forward: int = 0
+    dora_backward: int = 0
+    """A token's that DoRA does besides (executed only): with dropout on x, W x once more on the dropped one."""
+    dora_norms: int = 0
+    """Once a forward, whatever its tokens: DoRA multiplies B A out, to measure the rows of W + scale B A (executed only)."""
 
 
 def step_flops(
@@ -47,85 +56,110 @@ def step_flops(
     padded_to: Sequence[int] | None = None,
     contexts: Sequence[int] | None = None,
     checkpointing: bool = False,
+    checkpoint_every: int = 1,
+    micro_batches: int = 1,
     logits_positions: int | None = None,
     attention: Attention = "flash",
 ) -> Flops:
     """FLOPs of one step on conversations of these lengths (tokens) with this many target tokens.
 
     With contexts (tokens each), lengths are segments of conversations that begin alike: each also attends to the context
-    that it continues, which is computed once, as a segment of its own.
+    that it continues, which is computed once, as a segment of its own. micro_batches: forwards over all ranks; each has a
+    prompt's virtual tokens once, as the beginning of all its conversations.
     Conventions. Useful: each conversation attends causally to itself alone, exactly n(n+1)/2 scores for n tokens; a
     score costs 2 x head_dim FLOPs for QK^T and as much for AV (grouped keys save memory, not FLOPs), and twice that in
     backward; logits exist at target tokens only. nf4 and int8 bases need the same FLOPs as any frozen base.
     Executed: lengths become padded_to; logits_positions (default: targets) logits are made; "dense" attention computes
     all n^2 scores (eager), "flash" the causal ones, with a fifth backward matmul that recomputes the scores (arXiv
-    2205.14135), all five whenever any gradient is wanted; checkpointing runs each layer's forward once more, up to the
-    last tensor it has to save, i.e. without the layer's last matmul (torch's non-reentrant checkpoint stops early).
+    2205.14135), all five whenever any gradient is wanted; checkpointing runs the forward of every checkpoint_every-th layer
+    from the lowest trained one on once more, up to the last tensor it has to save, i.e. without the layer's last matmul
+    (torch's non-reentrant checkpoint stops early); DoRA's norms.
     Raises ValueError when padded_to does not fit lengths, or method.targets not the model.
     """
     padded = lengths if padded_to is None else padded_to
     if len(padded) != len(lengths) or any(long < short for short, long in zip(lengths, padded, strict=True)):
         raise ValueError(f"padded_to={list(padded)} does not cover lengths={list(lengths)}")
-    full = method.kind is MethodKind.full
-    # Full training wants gradients below layer 0, for the embedding; LoRA starts at layer 0's first adapter.
-    layers = [_layer(shape, method, input_gradient=full)] + [_layer(shape, method, input_gradient=True)] * (
-        shape.layers - 1
-    )
-    per_token = sum(layer.forward + layer.backward for layer in layers)
+    before = [0] * len(lengths) if contexts is None else list(contexts)
+    prompt = method.virtual_tokens if method.kind is MethodKind.prompt else 0
+    if prompt:
+        lengths, padded = ([prompt] * micro_batches + list(some) for some in (lengths, padded))
+        before = [0] * micro_batches + [context + prompt for context in before]
+    prefix = method.virtual_tokens if method.kind is MethodKind.prefix else 0
+
+    trained_ends = shape.trained_ends(method)
+    embedding = "embed_tokens" in trained_ends or prompt > 0
+    first = method.first_layer if method.kind is MethodKind.lora else 0
+    lowest = 0 if embedding else first
+    layers = [
+        _layer(shape, method, adapted=number >= first, input_gradient=embedding or number > lowest) for number in range(shape.layers)
+    ]
+    again = layers[lowest::checkpoint_every] if checkpointing else []
     per_score = 2 * shape.query_width  # one matmul over one score, all heads
-    per_logit = (
-        2 * shape.vocab * shape.hidden * (3 if full else 2)
-    )  # forward, to the input, and to the weight if trained
+    per_logit = 2 * shape.vocab * shape.hidden * (3 if "lm_head" in trained_ends else 2)  # the third: the head's own gradient
 
-    before = [0] * len(lengths) if contexts is None else contexts
+    def scores(conversations: Sequence[int]) -> tuple[int, int, int]:
+        """Over learned keys, over contexts, and over what a segment has itself."""
+        own = sum(n * (n + 1) // 2 if attention == "flash" else n * n for n in conversations)
+        return prefix * sum(conversations), sum(n * c for n, c in zip(conversations, before, strict=True)), own
 
-    def causal(conversations: Sequence[int]) -> int:
-        return sum(n * c + n * (n + 1) // 2 for n, c in zip(conversations, before, strict=True))
+    causal = sum(n * c + n * (n + 1) // 2 for n, c in zip(lengths, before, strict=True))
+    useful: float = per_logit * targets
+    for layer in layers:
+        useful += (layer.forward + layer.backward) * sum(lengths)
+        useful += per_score * ((2 + layer.score_matmuls) * causal + (2 + layer.prefix_matmuls) * prefix * sum(lengths))
 
-    score_matmuls = sum(2 + layer.score_matmuls for layer in layers)
-    useful = per_token * sum(lengths) + per_score * score_matmuls * causal(lengths) + per_logit * targets
+    learned, outer, own = scores(padded)
+    executed: float = per_logit * (targets if logits_positions is None else logits_positions)
+    for layer in layers:
+        executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
+        executed += layer.dora_norms * micro_batches
+        # Learned keys and contexts go into one kernel call, a segment's own keys into another.
+        outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
+        if attention == "flash":
+            outside, inside = 5 * bool(outside), 5 * bool(inside)
+        else:
+            inside = outside
+        executed += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
+    for layer in again:
+        executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded) + layer.dora_norms * micro_batches
+        executed += per_score * 2 * (learned + outer + own)
+    return Flops(useful, executed)
 
-    if attention == "flash":
-        scores = causal(padded)
-        score_matmuls = sum(2 + (5 if layer.score_matmuls else 0) for layer in layers)
-    else:
-        scores = sum(n * (c + n) for n, c in zip(padded, before, strict=True))
-    if checkpointing:
-        per_token += shape.layers * (layers[0].forward - _last_matmul(shape, method))
-        score_matmuls += 2 * shape.layers
-    logits = targets if logits_positions is None else logits_positions
-    return Flops(useful, per_token * sum(padded) + per_score * score_matmuls * scores + per_logit * logits)
 
+def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool) -> _Layer:
+    """Walk through a layer and follow where gradients flow.
 
-def _layer(shape: ModelShape, method: Method, input_gradient: bool) -> _Layer:
-    """Walk through a layer and follow where gradients flow; input_gradient: whether the layer's input wants one."""
-    full = method.kind is MethodKind.full
-    adapted = set() if full else set(shape.adapted(method.targets))
-    forward = backward = 0
+    adapted: whether it has adapters, where the method has any; input_gradient: whether its input wants a gradient.
+    """
+    full, dora = method.kind is MethodKind.full, method.dora
+    with_adapter = set(shape.adapted(method.targets)) if adapted and method.kind is MethodKind.lora else set()
+    forward = backward = dora_forward = dora_backward = dora_norms = 0
 
     def run(linear: Linear, wanted: bool) -> bool:
         """Count one linear layer; wanted: its input wants a gradient. Says whether its output has one to pass back."""
-        nonlocal forward, backward
+        nonlocal forward, backward, dora_forward, dora_backward, dora_norms
         _, inputs, outputs = linear
         forward += 2 * inputs * outputs
         backward += 2 * inputs * outputs * (wanted + full)
-        if linear in adapted:  # y += B(Ax): B's and A's gradients, B^T g on the way to A, and A^T B^T g if wanted
+        if linear in with_adapter:  # y += B(Ax): B's and A's gradients, B^T g on the way to A, and A^T B^T g if wanted
             forward += 2 * method.r * (inputs + outputs)
             backward += 2 * method.r * (2 * outputs + (1 + wanted) * inputs)
-        return wanted or full or linear in adapted
+            if dora:  # B(A I), I the identity of `inputs` rows
+                dora_norms += 2 * method.r * inputs * (inputs + outputs)
+                dora_forward += 2 * inputs * outputs * (method.dropout > 0)
+                dora_backward += 2 * inputs * outputs * (method.dropout > 0) * wanted
+        return wanted or full or linear in with_adapter
 
     reads, out, ups, down = shape.blocks
     flows = [run(linear, input_gradient) for linear in reads]
     query, key, value = flows if len(flows) == 3 else flows * 3
     score_matmuls = value + (query or key) + query + key  # dV; dP; dQ and dK from it
-    residual = run(out[0], any(flows)) or input_gradient
+    prefix_matmuls = 3 + query if method.kind is MethodKind.prefix else 0  # learned keys and values always want dV, dP and dK
+    residual = run(out[0], any(flows) or prefix_matmuls > 0) or input_gradient
     run(down[0], any([run(linear, residual) for linear in ups]))  # a list: every one is counted
-    return _Layer(forward, backward, score_matmuls)
 
-
-def _last_matmul(shape: ModelShape, method: Method) -> int:
-    """FLOPs a token of a layer's last matmul: the down projection, or its adapter's B."""
-    _, inputs, outputs = down = shape.linears[-1]
-    if method.kind is MethodKind.lora and down in shape.adapted(method.targets):
-        return 2 * method.r * outputs
-    return 2 * inputs * outputs
+    _, inputs, outputs = last = down[0]
+    saved_last = 2 * inputs * outputs
+    if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
+        saved_last = 0 if dora else 2 * method.r * outputs
+    return _Layer(forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms)

@@ -35,7 +35,7 @@ def memory_gib(
     full, compute = config.method.kind is MethodKind.full, BYTES[config.precision.compute]
     deepspeed = config.engine.kind is EngineKind.deepspeed
     zero = config.engine.zero if deepspeed else 0
-    trained = shape.total_weights if full else shape.adapter_weights(config.method.r, config.method.targets)
+    trained = shape.trained_weights(config.method)
     # Trained weights are loaded in fp32; DeepSpeed's fp16 and bf16 modes turn them into 2 bytes beside an fp32 master.
     trained_bytes = compute if deepspeed else 4
     split = [world_size if zero >= stage else 1 for stage in (1, 2, 3)]  # optimizer, gradients, weights
@@ -53,6 +53,8 @@ def memory_gib(
     buffers = (
         0.0 if config.method.base is Base.as_is else largest * compute
     )  # a weight is dequantised whole for its matmul
+    if config.method.dora:  # the rows of W + scale B A are measured, with B A multiplied out: three of W's size, one after the other
+        buffers += 3 * largest * compute
     if zero:
         buffers += min(trained, BUCKET) * trained_bytes * (1 if cpu else 2)  # one fills while the other travels
     elif world_size > 1:
@@ -63,6 +65,8 @@ def memory_gib(
         buffers += shape.layers * shape.matmul_weights_per_layer * 2  # autocast keeps its half copies for the forward
 
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
+    if config.method.kind is MethodKind.prompt:
+        tokens += config.method.virtual_tokens
     parts = {
         "weights": weights / split[2],
         "gradients": gradients,
@@ -101,11 +105,13 @@ def _activation_bytes(shape: ModelShape, config: Config) -> float:
     in_flight = (
         3 * shape.intermediate * compute
     )  # gradients of the MLP's three inner tensors, in the layer being passed
-    if config.engine.checkpointing:
-        return (
-            shape.layers * shape.hidden * compute + layer + norm + in_flight
-        )  # inputs of all layers, the inside of one
-    return shape.layers * layer + norm + in_flight
+    method = config.method
+    ends = method.kind is MethodKind.prompt or "embed_tokens" in shape.trained_ends(method)
+    kept = shape.layers - (method.first_layer if method.kind is MethodKind.lora and not ends else 0)  # below, nothing
+    if config.engine.checkpointing:  # the inputs of those that are recomputed, the inside of one of them, and the others whole
+        again = -(-kept // config.engine.checkpoint_every)
+        return again * shape.hidden * compute + (kept - again + 1) * layer + norm + in_flight
+    return kept * layer + norm + in_flight
 
 
 def layer_activation_bytes(shape: ModelShape, config: Config) -> int:
@@ -115,7 +121,8 @@ def layer_activation_bytes(shape: ModelShape, config: Config) -> int:
     """
     method, c = config.method, BYTES[config.precision.compute]
     full = method.kind is MethodKind.full
-    adapted = shape.linears if full else shape.adapted(method.targets)
+    lora = method.kind is MethodKind.lora
+    adapted = shape.linears if full else shape.adapted(method.targets) if lora else ()
     h, q, kv, f = shape.hidden, shape.query_width, shape.kv_width, shape.intermediate
 
     # Each norm: its input as fp32, 1/rms, and the scaled value where the norm's weight is trained.
@@ -133,7 +140,8 @@ def layer_activation_bytes(shape: ModelShape, config: Config) -> int:
     for number, block in enumerate(shape.blocks):
         widths = [linear[1] for linear in block if linear in adapted]
         saved += c * sum(widths) if copies else c * max(widths, default=0) * (number != 1 or shape.fused)
-    if not full:
+    if lora:
         saved += c * method.r * len(adapted)  # Ax, which B reads
         saved += sum(inputs for _, inputs, _ in adapted) if method.dropout else 0
+        saved += 2 * c * sum(outputs for _, _, outputs in adapted) * method.dora  # Wx and BAx, which the trained length is told by
     return saved

@@ -9,8 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config import Method, MethodKind
+
 Linear = tuple[str, int, int]
 """(name, inputs, outputs) of one linear layer."""
+
+ENDS = ("embed_tokens", "lm_head")
+"""What method.modules_to_save may name."""
 
 # What ChatGLM calls its layers, and what they are in transformers' GLM, which is the same decoder and the one that is trained.
 GLM_LAYERS = {
@@ -110,6 +115,29 @@ class ModelShape:
     def adapter_weights(self, r: int, targets: Iterable[str]) -> int:
         """Weights of rank-r adapters on all layers: r x (inputs + outputs) each (arXiv 2106.09685)."""
         return self.layers * sum(r * (inputs + outputs) for _, inputs, outputs in self.adapted(targets))
+
+    def trained_ends(self, method: Method) -> set[str]:
+        """Which of embed_tokens and lm_head are trained in full: both where they are one; raises ValueError for an unknown name."""
+        if method.kind is MethodKind.full:
+            return set(ENDS)
+        named = set(method.modules_to_save) if method.kind is MethodKind.lora else set()
+        if unknown := sorted(named - set(ENDS)):
+            raise ValueError(f"method.modules_to_save={','.join(unknown)}: not trained beside adapters — type some of {', '.join(ENDS)}")
+        return set(ENDS) if named and self.tied else named
+
+    def trained_weights(self, method: Method) -> int:
+        """Number of weights that the optimizer updates; raises ValueError for names that the model does not have."""
+        if method.kind is MethodKind.full:
+            return self.total_weights
+        if method.kind is MethodKind.prompt:
+            return method.virtual_tokens * self.hidden
+        if method.kind is MethodKind.prefix:  # a key and a value
+            return method.virtual_tokens * self.layers * 2 * self.kv_width
+        adapters = self.adapter_weights(method.r, method.targets)
+        if method.dora:  # the length of each output's weights
+            adapters += self.layers * sum(outputs for _, _, outputs in self.adapted(method.targets))
+        ends = len(self.trained_ends(method))
+        return adapters // self.layers * (self.layers - method.first_layer) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
 
 
 def glm_targets(targets: Iterable[str]) -> list[str]:
