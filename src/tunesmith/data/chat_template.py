@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from jinja2 import TemplateSyntaxError
 
 from tunesmith.config import Data, Refusal, ToolPrompt
 from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.jinja import Tool, writer
+from tunesmith.data.spans import Cut, Shape, Spans, place
 from tunesmith.data.templates import RENDERERS, Layout, Renderer
-from tunesmith.data.tokens import Content, Encoder, Markup, Part, Tokenizer
+from tunesmith.data.tokens import Encoder, Markup, Part, Tokenizer
 
 FILES = (".jinja", ".j2")
 HIDDEN = 0xF0000
@@ -37,9 +35,6 @@ MARK = re.compile(r"[<\[{|].*[>\]}|]", re.S)
 """How tokens look that are no words, white space or runs of a sign."""
 PLACE = "\U0010fffd"
 """Stands for a whole text, to see where the template puts it."""
-PLACES = 0x10F000
-"""First of the private-use characters that stand for the texts of a shape, one for each message."""
-PLACED = re.compile("([\U0010f000-\U0010ffff])")
 SHAPES = 4096
 """Shapes of conversations that are remembered."""
 
@@ -99,93 +94,6 @@ class Draft:
         first = self.firsts[number] - self.shift
         where = f"turn {first + 1} ({self.messages[number]['role']})" if first >= 0 else "the system turn put in"
         return f"{self.place} {where}"
-
-
-@dataclass
-class Spans:
-    """Where in a template's text lies what was said."""
-
-    text: str
-    marks: list[tuple[int, int]]
-    """(begin, end) of all special tokens."""
-    starts: list[int | None]
-    """Of each message, and the end of the last; None: the template does not tell."""
-    learned: list[tuple[int, int]] = field(default_factory=list)
-    stops: list[str] = field(default_factory=list)
-    """The special tokens that end what is learned."""
-    unstopped: int | None = None
-
-    def stop(self, begin: int, end: int) -> tuple[int, int] | None:
-        """The token that ends a message: its last special one, if at most white space follows, or the one that opens the next."""
-        place = bisect_right(self.marks, end, key=lambda mark: mark[1]) - 1
-        if place >= 0 and self.marks[place][0] >= begin and not self.text[self.marks[place][1] : end].strip():
-            return self.marks[place]
-        return self.marks[place + 1] if place + 1 < len(self.marks) and self.marks[place + 1][0] == end else None
-
-
-class Cut(NamedTuple):
-    """A stretch of a template's text that is all of one turn, and all learned or all not."""
-
-    text: str
-    after: str
-    """What stands before it, from the last special token on; empty where that does not matter."""
-    turn: int
-    learned: bool
-
-
-class Shape:
-    """How a template writes a sequence of roles, whatever is said: cut around a character for each text."""
-
-    def __init__(self, spans: Spans, cuts: list[Cut], encoder: Encoder):
-        self.unstopped = spans.unstopped
-        self._marks = len(spans.marks)
-        self._text = _pieces(spans.text)
-        self._cuts = [(_pieces(cut.text), _pieces(cut.after), cut.turn, cut.learned) for cut in cuts]
-        self._parts: list[Part | tuple[Any, list[str | int], list[str | int], int, bool]] = []
-        for cut in cuts:
-            for content in encoder.apart(cut.text, cut.after):
-                self._add(content, cut, encoder)
-
-    def _add(self, content: Content, cut: Cut, encoder: Encoder) -> None:
-        """Keep the tokens of what is always the same, and the pieces of the rest."""
-        text, after = ("", "") if isinstance(content, np.ndarray) else (content, "") if isinstance(content, str) else content
-        if PLACED.search(text + after):
-            self._parts.append((type(content), _pieces(text), _pieces(after), cut.turn, cut.learned))
-            return
-        ids, part = encoder.tokens([content])[0], self._parts[-1] if self._parts else None
-        if isinstance(part, Part) and part[1:] == (cut.turn, cut.learned):
-            ids = np.concatenate([part.content, ids])
-            self._parts.pop()
-        self._parts.append(Part(ids, cut.turn, cut.learned))
-
-    def filled(self, texts: Sequence[str], special: re.Pattern[str]) -> str | None:
-        """The whole text with what was said; None if that makes another number of special tokens."""
-        text = _filled(self._text, texts)
-        return text if len(special.findall(text)) == self._marks else None
-
-    def cuts(self, texts: Sequence[str]) -> list[Cut]:
-        """Its stretches with what was said."""
-        return [Cut(_filled(text, texts), _filled(after, texts), turn, learned) for text, after, turn, learned in self._cuts]
-
-    def parts(self, texts: Sequence[str]) -> list[Part]:
-        """The same for the encoder, where no text is a special token's."""
-        parts = []
-        for part in self._parts:
-            if not isinstance(part, Part):
-                kind, pieces, before, turn, learned = part
-                text = _filled(pieces, texts)
-                part = Part(text if kind is str else kind(text, _filled(before, texts)), turn, learned)
-            parts.append(part)
-        return parts
-
-
-def _pieces(text: str) -> list[str | int]:
-    """Text and, at every second place, the number of a message's text."""
-    return [ord(piece) - PLACES if number % 2 else piece for number, piece in enumerate(PLACED.split(text))]
-
-
-def _filled(pieces: list[str | int], texts: Sequence[str]) -> str:
-    return "".join([texts[piece] if isinstance(piece, int) else piece for piece in pieces])
 
 
 class ChatTemplate(Renderer):
@@ -420,7 +328,7 @@ class ChatTemplate(Renderer):
             unstopped = shape.unstopped
         else:
             spans = self._spans(draft, ask)
-            parts, unstopped = self._parts(self._cut(draft, spans), draft.hidden), spans.unstopped
+            parts, unstopped = self._parts(spans.cuts([*draft.firsts, len(draft.said)]), draft.hidden), spans.unstopped
         if self._closing and not ask:
             parts.append(Part(Markup(self._closing), -1, False))
         return Layout(parts, draft.said, unstopped)
@@ -452,30 +360,12 @@ class ChatTemplate(Renderer):
         return shape if fits else None
 
     def _new_shape(self, draft: Draft, ask: bool) -> Shape | None:
-        messages = [{**message, "content": chr(PLACES + number)} for number, message in enumerate(draft.messages)]
+        messages = [{**message, "content": place(number)} for number, message in enumerate(draft.messages)]
         try:
             spans = self._spans(replace(draft, messages=messages, hidden={}), ask)
         except Refusal:  # each conversation will say why for itself
             return None
-        return Shape(spans, self._cut(draft, spans), self.encoder)
-
-    def _cut(self, draft: Draft, spans: Spans) -> list[Cut]:
-        text, marks = spans.text, spans.marks
-        begins, ends = {begin for begin, _ in marks}, [end for _, end in marks]
-        starts = [(start, first) for start, first in zip(spans.starts, [*draft.firsts, len(draft.said)], strict=True) if start is not None]
-        learned = dict(spans.learned)
-        # Beside a special token a cut changes no token; elsewhere, whose turn a token is counted to is not worth one.
-        harmless = {start for start, _ in starts} & (begins | set(ends))
-        places = sorted({0, len(text), *harmless, *learned, *learned.values()})
-        cuts: list[Cut] = []
-        learned_until = 0
-        for begin, end in pairwise(places):
-            learned_until = learned.get(begin, learned_until)
-            started = bisect_right(starts, begin, key=lambda known: known[0])
-            before = bisect_right(ends, begin)
-            after = text[marks[before - 1][0] : begin] if before and begin not in begins else ""
-            cuts.append(Cut(text[begin:end], after, starts[started - 1][1] if started else -1, begin < learned_until))
-        return cuts
+        return Shape(spans, spans.cuts([*draft.firsts, len(draft.said)]), self.encoder)
 
     def _spans(self, draft: Draft, ask: bool) -> Spans:
         """Where each message begins and which stretches are learned; raises Refusal where the template rewrites what it wrote."""
