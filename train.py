@@ -50,14 +50,15 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     dataset = data.load(config, model.load_tokenizer(base))
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
-        longest_tokens=dataset.longest_tokens, model_folder=base,
+        longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
-    folder.say("\n".join([describe(plan), *loop.data_notes(config, plan, dataset)]))
+    folder.say("\n".join([describe(plan), *loop.data_notes(config, plan, dataset), *folder.restarts.lines()]))
 
     device = engine.device_for(world, config)
-    engine.join(config, world, device, threads=config.hardware.threads or max(1, machine.cores // world.local_size))
+    threads = config.hardware.threads or max(1, machine.cores // world.local_size)
+    engine.join(config, world, device, threads, folder.restarts.count)
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
     saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
     done = saves.restore()

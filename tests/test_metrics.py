@@ -29,7 +29,8 @@ from tests.conftest import ROOT, environment
 from tunesmith.config import Config, Tracker, TrackerKind, TrackerMode
 from tunesmith.metrics import Meter, Rate, meter, open_sinks, read_metrics
 from tunesmith.metrics.sinks import Console, JsonLines, Sinks, WandbSink
-from tunesmith.run import RunFolder, as_mapping, read_json
+from tunesmith.records import read_json
+from tunesmith.run import RunFolder, as_mapping
 from tunesmith.world import World
 
 # --- the record ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from tunesmith.config import Refusal
 from tunesmith.engine import Engine
 from tunesmith.model import save_model
-from tunesmith.run import read_json, write_json
+from tunesmith.records import read_json, write_json
 
 NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"

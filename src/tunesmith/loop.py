@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tunesmith.again import OutOfMemory
 from tunesmith.checkpoint import Checkpoints
 from tunesmith.config import Config, Optim, Schedule
 from tunesmith.data import Dataset
 from tunesmith.data.batches import Batches, MicroBatch, data_line, held_out_batches, outlook
-from tunesmith.engine import Engine
+from tunesmith.engine import Engine, is_out_of_memory
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import perplexity
@@ -59,6 +62,17 @@ class Training:
         return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop)
 
 
+    @contextmanager
+    def memory(self, step: int) -> Iterator[None]:
+        """Tell that memory did not suffice, whichever library says so."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(step, self.meter.at, self.plan.micro_batch, error) from error
+
+
 def batches_of(config: Config, plan: Plan, dataset: Dataset) -> Batches:
     """The training data as steps."""
     train = config.train
@@ -78,10 +92,12 @@ def train(parts: Training, done: int) -> None:
     every, last = parts.config.train, parts.plan.steps
     parts.stop.arm()
     for step in range(done, last):
-        metrics = take_step(parts, step)
-        done = step + 1
-        if due(done, every.eval_every, last) and parts.dev:
-            metrics |= held_out(parts.engine, parts.dev)
+        with parts.memory(step):
+            metrics = take_step(parts, step)
+            done = step + 1
+            if due(done, every.eval_every, last) and parts.dev:
+                parts.meter.at = "held-out loss"
+                metrics |= held_out(parts.engine, parts.dev)
         if due(done, every.log_every, last) or "dev/loss" in metrics:
             parts.sinks.log(done, metrics)
         stopping = parts.engine.agree(parts.stop.asked)

@@ -6,7 +6,6 @@ The folder's name follows from the config alone, so every rank and every later s
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import shlex
@@ -27,8 +26,10 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal
 from tunesmith.plan import Plan, describe, trained_weights
+from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
 COMPLETED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
@@ -52,6 +53,7 @@ class RunFolder:
         self.path = path
         self.world = world
         self._lock: FileLock | None = None
+        self.restarts = Restarts(path, world)
 
     @property
     def checkpoints(self) -> Path:
@@ -93,8 +95,14 @@ class RunFolder:
         self.say(f"run      {self.path}\nresult   {self.result}\nreport   {self.path / 'report.html'}\nchat     tunesmith chat {self.path}")
 
     def open(self, config: Config, plan: Plan, data_fingerprint: str) -> None:
-        """Make the folder, take its lock and write what the run is; raises Refusal if that cannot be."""
+        """Make the folder, take its lock and write what the run is; raises Refusal if that cannot be.
+
+        From here on all ranks start again when one runs out of memory.
+        """
+        if self.world.size > 1:
+            self.restarts.watch()
         if not self.world.is_main:
+            self.restarts.wait_for_main(config.engine.timeout_s)
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -124,6 +132,7 @@ class RunFolder:
         write_json(self.path / "plan.json", plan_record(plan))
         write_json(self.path / "environment.json", environment(self.world))
         self.set_status("running", data=data_fingerprint, steps=plan.steps)
+        self.restarts.note_start()
 
     def evaluation(self, name: str, work: Callable[[], dict[str, Any]], wanted: bool) -> dict[str, Any]:
         """The evaluation `name` ("before", "after") of evaluation.json; if it is not there, made by all ranks, if wanted."""
@@ -201,6 +210,13 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
         if world.is_main:
             print(f"tunesmith: {stopped}", file=sys.stderr)
         leave(STOPPED)
+    except OutOfMemory as short:
+        try:
+            print(f"tunesmith: rank {world.rank} ran out of memory: all ranks start again with half the micro-batch", file=sys.stderr)
+            folders[0].restarts.begin_again(short)
+        except Refusal as refusal:
+            _tell(refusal, world, folders[0])
+            leave(FAILED)
     except Refusal as refusal:
         if not world.is_main:
             time.sleep(3)  # rank 0 finds the same; speak only if it has not ended the job by now
@@ -213,6 +229,8 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
 def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
     if run is not None:
         time.sleep(0.5 * (world.size > 1 and _looks_secondary(error)))
+        if run.restarts.is_asked():
+            run.restarts.replace_process()
         try:
             with (run.path / "first_error.txt").open("x") as file:
                 file.write(f"rank {world.rank} on {world.node}\n{traceback.format_exc()}")
@@ -327,26 +345,3 @@ def environment(world: World) -> dict[str, Any]:
         "world_size": world.size,
         "commit": git.stdout.strip(),
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if the file is missing or damaged."""
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None

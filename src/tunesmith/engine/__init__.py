@@ -135,6 +135,12 @@ class Engine(ABC):
         """Free what the run holds. The process group stays for a next run in this process (Hydra's -m)."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a card or the machine had no memory left: torch's own error, or what its CPU allocator says."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said or "CUDA out of memory" in said
+
+
 def device_for(world: World, config: Config) -> torch.device:
     """This rank's device: the card of its local rank, or the CPU where the run is meant for it or no card is here."""
     if config.hardware.card == "cpu" or not torch.cuda.is_available():
@@ -142,8 +148,11 @@ def device_for(world: World, config: Config) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def join(config: Config, world: World, device: torch.device, threads: int) -> None:
-    """Meet the other ranks. Everything slow (data, conversion) is done before, so nobody waits for work here."""
+def join(config: Config, world: World, device: torch.device, threads: int, restarts: int) -> None:
+    """Meet the other ranks. Everything slow (data, conversion) is done before, so nobody waits for work here.
+
+    restarts: how often these processes have met before; torchrun's store outlives them, and keeps what they wrote.
+    """
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, Accelerate sets torch's threads anew
     if device.type == "cuda":
@@ -155,11 +164,14 @@ def join(config: Config, world: World, device: torch.device, threads: int) -> No
     os.environ.update(
         MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
     )
+    timeout = timedelta(seconds=config.engine.timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size, timeout=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=config.engine.timeout_s),
+        store=dist.PrefixStore(f"start{restarts}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
     )
 
 

@@ -44,6 +44,8 @@ class Meter:
         self.world_size = world_size
         self.peak_flops = peak_flops
         self._spans: list[tuple[str, Any, Any]] = []
+        self.at = ""
+        """The phase that began last."""
         self._start_s = perf_counter()
         if device.type == "cuda":
             import torch
@@ -53,7 +55,7 @@ class Meter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what happens inside as part of a phase."""
-        start = self._mark()
+        start, self.at = self._mark(), name
         yield
         self._spans.append((name, start, self._mark()))
 

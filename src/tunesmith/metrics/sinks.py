@@ -18,7 +18,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
-from tunesmith.run import RunFolder, as_mapping, read_json, write_json
+from tunesmith.records import read_json, write_json
+from tunesmith.run import RunFolder, as_mapping
 
 
 class Sink(Protocol):

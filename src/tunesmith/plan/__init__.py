@@ -98,12 +98,13 @@ def make_plan(
     local_size: int = 0,
     longest_tokens: int = 0,
     model_folder: Path | None = None,
+    micro_limit: int = 0,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
     conversations, tokens and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan
     then reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files,
-    where they are here.
+    where they are here. micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit).
     """
     shape, unknown = None, []
     try:
@@ -125,7 +126,7 @@ def make_plan(
     local_size = local_size or world_size
     limit_gib = device_gib(machine, on_cpu, local_size)
     per_step, step_tokens = _size(config, conversations, tokens)
-    micro, accumulation = _split(config, world_size, per_step, shape, longest, limit_gib, on_cpu)
+    micro, accumulation = _split(config, world_size, per_step, shape, longest, limit_gib, on_cpu, micro_limit)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
     # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
@@ -200,7 +201,7 @@ def _size(config: Config, conversations: int | None, tokens: int) -> tuple[int, 
 
 
 def _split(
-    config: Config, world_size: int, per_step: int, shape: ModelShape, longest: int, limit_gib: float, on_cpu: bool
+    config: Config, world_size: int, per_step: int, shape: ModelShape, longest: int, limit_gib: float, on_cpu: bool, micro_limit: int
 ) -> tuple[int, int]:
     """(micro-batch, accumulation): as few micro-batches as memory allows, all of about the same size."""
     share = math.ceil(per_step / world_size)
@@ -216,6 +217,7 @@ def _split(
         while most < ceiling and fits(2 * most):
             most *= 2
         most = min(most, ceiling)
+    most = min(most, micro_limit or most)
     accumulation = math.ceil(share / most)
     # Where each step has another number of conversations or rows, a smaller limit would only make more micro-batches of some.
     return most if _varies(config) else math.ceil(share / accumulation), accumulation

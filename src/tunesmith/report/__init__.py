@@ -19,8 +19,10 @@ from typing import Any, TypeGuard
 
 from plotly.offline import get_plotlyjs
 
+from tunesmith.again import Restarts
 from tunesmith.metrics import read_metrics
 from tunesmith.report.pages import number, write_page
+from tunesmith.world import World
 
 Row = dict[str, Any]
 
@@ -75,7 +77,7 @@ def describe_run(run: Path) -> dict[str, Any]:
         "name": run.resolve().parent.name,
         "id": run.resolve().name,
         "state": status.get("state", "unknown"),
-        "verdict": judge(rows, status, evaluation),
+        "verdict": [*judge(rows, status, evaluation), *Restarts(run, World()).lines()],
         "warm_up": WARM_UP if len(rows) > WARM_UP else 0,
         "steps": len(rows),
         "points": POINTS,

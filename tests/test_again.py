@@ -1,0 +1,86 @@
+"""A rank runs out of memory: all start again with half the micro-batch, and the run ends as it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, Finished, launch
+from tunesmith.again import OutOfMemory, Restarts
+from tunesmith.config import Refusal
+from tunesmith.engine import is_out_of_memory
+from tunesmith.world import World
+
+SMALL = ["eval.before=false", "eval.after=false", "tracker=none", "train.micro_batch=4", "train.steps=4"]
+
+
+def with_shortage(launcher: str, words: list[str], ranks: int, fault: str, folder: Path) -> Finished:
+    path = os.pathsep.join([str(ROOT / "tests/faults"), os.environ.get("PYTHONPATH", "")])
+    extra = {"PYTHONPATH": path, "TUNESMITH_TEST_FAULT": fault, "TUNESMITH_TEST_FAULT_FILE": str(folder / "fault.txt")}
+    return launch(launcher, words, ranks, extra=extra)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "engine", "fault"),
+    [
+        ("python", 1, ["engine=accelerate"], "0:2:oom_backward"),
+        ("torchrun", 2, ["engine=accelerate"], "1:2:oom_backward"),
+        ("deepspeed", 2, ["engine=deepspeed", "engine.zero=2"], "1:0:oom_forward"),
+        ("deepspeed", 2, ["engine=deepspeed", "engine.zero=3"], "0:2:oom_backward"),
+        ("plain", 2, ["engine=accelerate", "train.save_every=1"], "0:2:oom_forward"),
+    ],
+)
+def test_all_ranks_go_on_with_half_the_micro_batch(
+    launcher: str, ranks: int, engine: list[str], fault: str, overrides: list[str], tmp_path: Path
+) -> None:
+    words = [*overrides, "+exp=lora_cpu", *SMALL, *engine]
+    whole = launch(launcher, [*words, f"outputs={tmp_path / 'whole'}"], ranks)
+    whole.outputs = tmp_path / "whole"
+    done = with_shortage(launcher, words, ranks, fault, tmp_path)
+    assert (done.code, whole.code) == (0, 0), done.output
+    rank, step, action = fault.split(":")
+    (event,) = json.loads((done.run / "restarts.json").read_text())["events"]
+    assert (event["rank"], event["step"], event["micro_batch"]) == (int(rank), int(step), 4)
+    assert event["phase"] == action.removeprefix("oom_")
+    assert json.loads((done.run / "plan.json").read_text())["micro_batch"] == 2
+    assert f"rank {rank} ran out of memory in step {int(step) + 1} ({event['phase']}): micro-batch 4 -> 2" in done.output
+    assert "micro-batch 4 -&gt; 2" in (done.run / "report.html").read_text()
+    assert not (done.run / "first_error.txt").exists()
+    assert len(done.losses) == 4, "no step is there twice"
+    assert done.losses == pytest.approx(whole.losses, rel=1e-5), "the global step is the same"
+
+
+def test_with_one_conversation_left_it_is_said_what_needs_less(overrides: list[str], tmp_path: Path) -> None:
+    done = with_shortage("python", [*overrides, "+exp=lora_cpu", *SMALL, "engine=accelerate", "train.micro_batch=1"], 1, "0:1:oom_forward", tmp_path)
+    assert done.code == 1
+    assert "with one conversation in a micro-batch" in done.output and "engine.checkpointing=true" in done.output
+    assert not (done.run / "restarts.json").exists()
+
+
+def test_the_record_is_kept_until_somebody_removes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main, other = Restarts(tmp_path, World(0, 2)), Restarts(tmp_path, World(1, 2))
+    replaced: list[int] = []
+    monkeypatch.setattr(Restarts, "replace_process", lambda self: replaced.append(self.world.rank))
+    other.begin_again(OutOfMemory(7, "backward", 6, torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")))
+    assert main.is_asked() and replaced == [1]
+    main, other = Restarts(tmp_path, World(0, 2)), Restarts(tmp_path, World(1, 2))
+    assert (main.count, main.micro_batch) == (1, 3) and not main.is_asked()
+    with pytest.raises(TimeoutError, match="rank 0 did not start again"):
+        other.wait_for_main(0.1)
+    main.note_start()
+    other.wait_for_main(0.1)
+    with pytest.raises(Refusal, match="one conversation"):
+        main.begin_again(OutOfMemory(7, "forward", 1, MemoryError()))
+    assert main.lines() == ["rank 1 ran out of memory in step 8 (backward): micro-batch 6 -> 3"]
+
+
+def test_a_real_shortage_is_known_as_one() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("HIP out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
