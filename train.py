@@ -43,7 +43,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
 
     prepare_environment(on_cpu=plan.card == "cpu")
     # The plan holds; from here on torch is imported, and files are fetched and prepared, before process groups exist.
-    from tunesmith import checkpoint, data, engine, evaluate, loop, metrics, model, report
+    from tunesmith import checkpoint, data, doctor, engine, evaluate, loop, metrics, model, report
 
     data.prepare_files(config)
     base = base or model.model_folder(config.model)
@@ -54,7 +54,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     failing.append(folder)
-    folder.say("\n".join([describe(plan), *loop.data_notes(config, plan, dataset), *folder.restarts.lines()]))
+    known = [*doctor.explain(config, machine), *loop.data_notes(config, plan, dataset), *folder.restarts.lines()]
+    folder.say("\n".join([describe(plan), *known]))
 
     device = engine.device_for(world, config)
     threads = config.hardware.threads or max(1, machine.cores // world.local_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny_conversations
+from tests.conftest import launch, tiny_conversations
 from tunesmith import cli
 from tunesmith.config import Prepare, Refusal
 
@@ -89,3 +89,46 @@ def test_a_missing_file_is_one_line(words: list[str], tmp_path: Path) -> None:
         with pytest.raises(Refusal, match=r"nothing\.jsonl: no such file") as refused:
             cli.main(["data", command, str(tmp_path / "nothing.jsonl"), *words])
         assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", [["method.dora=true"], ["method=full"], ["method.modules_to_save=[embed_tokens]"]])
+def test_export_writes_a_model_that_answers_as_the_run_does(
+    method: list[str], overrides: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunesmith.model import read_adapter
+
+    words = [*overrides, "engine=accelerate", "train.steps=2", "optim.warmup_steps=0", "eval.before=false", "eval.after=false", *method]
+    done = launch("python", words)
+    assert done.code == 0, done.output
+    cli.main(["export", str(done.run), str(tmp_path / "merged")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "merged")
+    ids = torch.arange(40)[None]
+    result = done.run / ("model" if method == ["method=full"] else "adapter")
+    with torch.no_grad():
+        wanted = read_adapter(result, tiny_model)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.allclose(merged(ids).logits, wanted, atol=1e-5)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_model)(ids).logits, wanted, atol=1e-3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("hi") == AutoTokenizer.from_pretrained(tiny_model).encode("hi")
+    with pytest.raises(Refusal, match="exists already"):
+        cli.main(["export", str(done.run), str(tmp_path / "merged")])
+    with pytest.raises(Refusal, match="in transformers' own layout already"):
+        cli.main(["export", str(done.run), str(tmp_path / "other"), "--original"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_of_what_cannot_be_merged_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    words = [*overrides, "engine=accelerate", "train.steps=1", "optim.warmup_steps=0", "data.max_tokens=512", "eval.before=false", "eval.after=false", "method=prefix", "method.virtual_tokens=4"]
+    done = launch("python", words)
+    assert done.code == 0, done.output
+    with pytest.raises(Refusal, match="PREFIX_TUNING adds virtual tokens, which no weight can hold"):
+        cli.main(["export", str(done.run), str(tmp_path / "merged")])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.yaml").write_bytes((done.run / "config.yaml").read_bytes())
+    for verb in (["export", str(tmp_path / "empty"), str(tmp_path / "merged")], ["chat", str(tmp_path / "empty"), "--once", "hi"]):
+        with pytest.raises(Refusal, match="no adapter and no model in it"):
+            cli.main(verb)
+    assert not (tmp_path / "merged").exists()

@@ -582,7 +582,9 @@ def test_train_evaluate_chat_and_write_back(
     assert said.returncode == 0, said.stderr
     native = model_folder(Model(path=str(folder)))
     result = RunFolder(done.run, World()).result
-    to_original(result, native, folder, tmp_path / "back")
+    command = [sys.executable, "-m", "tunesmith.cli", "export", str(done.run), str(tmp_path / "back"), "--original"]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment(cache), cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
     wanted = logits_of(read_adapter(result, native), IDS)
     back, before = (described_logits(read_original(place), CONFIG, IDS) for place in (tmp_path / "back", folder))
     assert (back - wanted).abs().max() < 2e-4 * wanted.std() < (before - wanted).abs().max()

@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tunesmith.config import Config, Refusal
+from tunesmith.config import Config
 from tunesmith.data import Conversation, Turn
 from tunesmith.data.templates import renderer_for
 from tunesmith.model import load_tokenizer, model_folder, read_adapter, stream
-from tunesmith.run import RunFolder
-from tunesmith.world import World
 
 
-def chat(run: Path, config: Config, once: str | None, max_new_tokens: int) -> None:
-    """Answer one text, or a conversation from standard input until it ends; raises Refusal if the run left no model."""
-    result = RunFolder(run, World()).result
-    if not result.is_dir():
-        state = RunFolder(run, World()).status().get("state", "none")
-        raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {state})")
+def chat(result: Path, config: Config, once: str | None, max_new_tokens: int) -> None:
+    """Answer one text, or a conversation from standard input until it ends, by the adapter or model that a run left."""
     base = model_folder(config.model)
     tokenizer = load_tokenizer(base)
     renderer = renderer_for(tokenizer, config.data)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from tunesmith.compose import compose, drop_local_rank, stored_config
 from tunesmith.config import Config, Prepare, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
-from tunesmith.run import refuse
+from tunesmith.run import RunFolder, refuse
+from tunesmith.world import World
 
 if TYPE_CHECKING:
     from tunesmith.data import Conversation
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     chat.add_argument("--once", metavar="TEXT", help="answer this one text and leave")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    export = commands.add_parser("export", help="write what a run made as a model of its own, adapters merged into the base")
+    export.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
+    export.add_argument("out", type=Path, help="the folder to write, which must not exist")
+    export.add_argument("--original", action="store_true", help="in ChatGLM's published layout, for its own code")
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     asked, more = parser.parse_known_args(drop_local_rank(list(sys.argv[1:] if arguments is None else arguments)))
@@ -67,13 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if asked.command == "chat":
             from tunesmith.chat import chat as talk
 
-            talk(asked.run, stored_config(asked.run), asked.once, asked.max_new_tokens)
+            talk(finished(asked.run), stored_config(asked.run), asked.once, asked.max_new_tokens)
+        elif asked.command == "export":
+            from tunesmith.model.export import export as write_model
+
+            write_model(finished(asked.run), stored_config(asked.run).model, asked.out, asked.original)
+            print(asked.out)
         else:
             from tunesmith.report import write_report
 
             print(write_report(asked.run))
     except Refusal as refusal:
         refuse(refusal)
+
+
+def finished(run: Path) -> Path:
+    """What a run left, an adapter or a model; raises Refusal if there is none yet."""
+    folder = RunFolder(run, World())
+    if not folder.result.is_dir():
+        raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {folder.status().get('state', 'none')})")
+    return folder.result
 
 
 def data_config(words: Sequence[str]) -> Config:
