@@ -63,6 +63,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
     saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
     done = saves.restore()
+    if done == 0 and (line := loop.check_range(config, plan, worker, dataset)):
+        folder.say(line)
 
     def judge() -> dict[str, object]:
         return evaluate.evaluate(worker, dataset, config.eval, plan.micro_batch)

@@ -150,6 +150,8 @@ class Method:
 class Precision:
     compute: Compute = Compute.fp32
     """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
+    fp32_layers: list[str] = field(default_factory=list)
+    """Layers that compute in fp32 all the same, as layers.3 or layers.3.mlp: where fp16 would overflow (engine=accelerate)."""
 
 
 @dataclass

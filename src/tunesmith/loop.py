@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from tunesmith.again import OutOfMemory
 from tunesmith.checkpoint import Checkpoints
-from tunesmith.config import Config, Optim, Schedule
+from tunesmith.config import Compute, Config, Optim, Refusal, Schedule
 from tunesmith.data import Dataset
 from tunesmith.data.batches import Batches, MicroBatch, data_line, held_out_batches, outlook
 from tunesmith.engine import Engine, is_out_of_memory
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import perplexity
+from tunesmith.model.halves import LARGEST, advice, widest
 from tunesmith.plan import Plan, step_flops
 from tunesmith.run import Stopped, StopSignal
 
@@ -85,6 +86,18 @@ def batches_of(config: Config, plan: Plan, dataset: Dataset) -> Batches:
 def data_notes(config: Config, plan: Plan, dataset: Dataset) -> list[str]:
     """What the plan can say once the data is read: how much it is, what sharing saves, what was left out."""
     return [data_line(dataset.train, outlook(batches_of(config, plan, dataset), plan.world_size)), *dataset.notes]
+
+
+def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) -> str:
+    """How far the first micro-batch goes in fp16, as a line (none for other types); raises Refusal with the layer that goes beyond it."""
+    if config.precision.compute is not Compute.fp16:
+        return ""
+    world = engine.world
+    batch = batches_of(config, plan, dataset).micro_batches(0, world.rank, world.size)[0]
+    found = max(engine.gather(widest(engine.loss_module, batch)), key=lambda one: one.largest)
+    if found.overflows:
+        raise Refusal(advice(found))
+    return f"fp16     largest value {found.largest:,.0f} of {LARGEST:,.0f}, at {found.name}"
 
 
 def train(parts: Training, done: int) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
-from tunesmith.model import adapters, attention, glm
+from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
 from tunesmith.model.noise import with_noise
 from tunesmith.model.source import check_source, free_gib, model_folder
@@ -141,6 +141,8 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
             parameter.data = parameter.data.float()
     if config.engine.checkpointing:
         recompute_layers(model, config)
+    if config.precision.fp32_layers:
+        halves.keep_in_fp32(model, config.precision.fp32_layers, device, DTYPES[config.precision.compute])
     model.train()
     if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed:
         model.to(device)  # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then

@@ -133,6 +133,14 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
             f"engine.zero=3: splits weights into flat pieces, which tears a {base.value} base from the scales it is "
             "stored with — type engine.zero=2"
         )
+    if layers := config.precision.fp32_layers:
+        named = f"precision.fp32_layers=[{','.join(layers)}]"
+        if config.precision.compute is Compute.fp32:
+            yield f"{named}: every layer computes in fp32 — type precision.fp32_layers=[]"
+        elif engine.kind is EngineKind.deepspeed:
+            yield f"{named}: DeepSpeed turns every weight into {config.precision.compute.value} — type engine=accelerate"
+        elif base is Base.int8:
+            yield f"{named}: bitsandbytes multiplies int8 layers in fp16 alone — type method.base=nf4"
     if engine.checkpoint_every > 1 and not engine.checkpointing:
         yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
     yield from _method_problems(config, shape)

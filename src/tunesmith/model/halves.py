@@ -1,0 +1,135 @@
+"""fp16 ends at 65,504: which layers go beyond it, and layers that are kept in fp32 for that reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tunesmith.config import Refusal
+from tunesmith.model.adapters import inner_model
+
+if TYPE_CHECKING:
+    from tunesmith.data.batches import MicroBatch
+
+LARGEST = 65504.0
+"""Largest number of fp16: (2 - 2^-10) x 2^15."""
+SCALE = 2.0**12
+"""Inputs are divided by it to see how large an output would be: up to 2.7e8 can be told."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a forward in fp16 came to."""
+
+    name: str
+    """The first layer that left fp16's range; where none did, the one that came nearest."""
+    largest: float
+    """Its largest absolute value; infinite where that cannot be told."""
+    is_input: bool = False
+    """Whether it was its input that was too large: a product or a sum before it."""
+
+    @property
+    def overflows(self) -> bool:
+        return self.largest > LARGEST
+
+
+@torch.no_grad()
+def widest(module: nn.Module, batch: MicroBatch) -> Range:
+    """Run a micro-batch forward and look at what each linear layer and each norm reads and gives."""
+    seen: list[Range] = []
+    watched = [(name, part) for name, part in module.named_modules() if _is_watched(part)]
+
+    def looked_at(name: str, part: nn.Module) -> Iterator[Any]:
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            if _largest(inputs[0]) > LARGEST and not (seen and seen[-1].overflows):
+                seen.append(Range(name, math.inf, is_input=True))
+            return (_clamped(inputs[0]), *inputs[1:])
+
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            found = _largest(output)
+            if found > LARGEST and hasattr(part, "in_features"):  # linear: the same of a smaller input, but for the bias
+                found = SCALE * _largest(type(part).forward(part, inputs[0] / SCALE))
+            seen.append(Range(name, found))
+            return _clamped(output)
+
+        yield part.register_forward_pre_hook(before)
+        yield part.register_forward_hook(after)
+
+    handles = [handle for name, part in watched for handle in looked_at(name, part)]
+    was_training = module.training
+    try:
+        module.eval()
+        module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        module.train(was_training)
+    return next((one for one in seen if one.overflows), max(seen, key=lambda one: one.largest))
+
+
+def _is_watched(part: nn.Module) -> bool:
+    return (hasattr(part, "in_features") and not any(part.children())) or "norm" in type(part).__name__.lower()
+
+
+def _largest(value: torch.Tensor) -> float:
+    """Largest absolute value, of what is not in fp32 itself; infinite if any is not a number."""
+    if value.dtype is torch.float32 or not value.numel():
+        return 0.0
+    largest = float(value.detach().float().abs().max())
+    return math.inf if math.isnan(largest) else largest
+
+
+def _clamped(value: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype is torch.float32 else torch.nan_to_num(value, 0.0, LARGEST, -LARGEST)
+
+
+def advice(found: Range) -> str:
+    """The line for a run that would overflow: what, how far, and what to type."""
+    path = found.name.removeprefix("model.").partition("layers.")[2].split(".")
+    layer = f"layers.{path[0]}" if path[0].isdigit() else found.name.rpartition(".")[2]
+    what = f"what {found.name} reads" if found.is_input else f"{found.name} gives {found.largest:,.0f}, and that"
+    return (
+        f"precision.compute=fp16: {what} is beyond fp16's {LARGEST:,.0f} — type precision.fp32_layers=[{layer}], which computes that layer "
+        "in fp32, or precision=fp32"
+    )
+
+
+def keep_in_fp32(model: Any, names: Sequence[str], device: torch.device, compute: torch.dtype) -> None:
+    """Let layers compute in fp32, and what comes behind them go on from fp32; raises Refusal for names the model lacks."""
+    for wanted in names:
+        found = [part for name, part in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not found:
+            layers = sum(1 for name, _ in model.named_modules() if name.rpartition(".")[2].isdigit() and "layers." in name)
+            raise Refusal(
+                f"precision.fp32_layers={wanted}: this model has no such layer — layers.0 to layers.{layers - 1}, or parts as layers.0.mlp"
+            )
+        for part in found:
+            _in_fp32(part, device)
+    inner = inner_model(model)
+    inner.forward = torch.autocast(device.type, dtype=compute)(inner.forward)  # for generation, which has no autocast of its own
+
+
+def _in_fp32(part: nn.Module, device: torch.device) -> None:
+    for inner in part.modules():
+        if hasattr(inner, "compute_dtype"):  # bitsandbytes' 4-bit layers multiply in this type, whatever they store
+            setattr(inner, "compute_dtype", torch.float32)  # noqa: B010  # not of nn.Module
+    for weight in part.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.float()
+    forward = part.forward
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.float()
+        return type(value)(widened(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+    def in_fp32(*inputs: Any, **named: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return forward(*widened(inputs), **{name: widened(value) for name, value in named.items()})
+
+    part.forward = in_fp32

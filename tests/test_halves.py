@@ -1,0 +1,124 @@
+"""fp16's range: the layer that leaves it is named, and can be kept in fp32."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.test_model import config_for, examples
+from tunesmith.compose import compose
+from tunesmith.config import Base, Batching, Compute, Config, Refusal
+from tunesmith.data.layout import lay_out
+from tunesmith.hardware import Machine
+from tunesmith.model import TargetLoss, build_model, for_generation
+from tunesmith.model.halves import LARGEST, Range, advice, widest
+from tunesmith.plan import PlanError, make_plan
+
+CPU = torch.device("cpu")
+
+
+def grown(folder: Path, part: str, factor: float) -> Path:
+    """A small Llama with one weight of layer 1 made larger."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    model = LlamaForCausalLM(shape)
+    weight = dict(model.named_parameters())[f"model.layers.1.{part}.weight"]
+    weight.data *= factor / float(weight.data.abs().max())
+    model.save_pretrained(folder)
+    return folder
+
+
+def built(folder: Path, compute: Compute = Compute.fp16, layers: tuple[str, ...] = ()) -> tuple[Config, TargetLoss]:
+    config = config_for(folder, r=4)
+    config.precision.compute, config.precision.fp32_layers = compute, list(layers)
+    return config, build_model(config, folder, CPU)
+
+
+def looked_at(module: TargetLoss) -> Range:
+    with torch.autocast("cpu", dtype=torch.float16):
+        return widest(module, lay_out(examples(3), Batching.ragged))
+
+
+def test_inside_the_range_nothing_changes(tmp_path: Path) -> None:
+    _, module = built(grown(tmp_path, "mlp.down_proj", 1.0))
+    found = looked_at(module)
+    assert not found.overflows and 0 < found.largest < LARGEST
+    assert module.training and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.up_proj"])
+def test_the_layer_that_overflows_is_named_with_its_size(part: str, tmp_path: Path) -> None:
+    """The same layer in fp32 says how far beyond it is."""
+    folder = grown(tmp_path, part, 6e4)
+    _, module = built(folder)
+    found = looked_at(module)
+    assert found.overflows and found.name.endswith(f"layers.1.{part}.base_layer") and not found.is_input
+    _, wide = built(folder, Compute.fp32)
+    seen: list[float] = []
+    layer = next(layer for name, layer in wide.named_modules() if name.endswith(f"layers.1.{part}.base_layer"))
+    layer.register_forward_hook(lambda layer, inputs, output: seen.append(float(output.detach().abs().max())))
+    wide(lay_out(examples(3), Batching.ragged))
+    assert found.largest == pytest.approx(seen[0], rel=0.01) and seen[0] > LARGEST
+    assert f"gives {found.largest:,.0f}" in advice(found) and "type precision.fp32_layers=[layers.1]" in advice(found)
+
+
+def test_a_product_before_a_layer_is_told_from_the_layer(tmp_path: Path) -> None:
+    """Neither gate nor up overflows, but what one does to the other."""
+    folder = grown(tmp_path, "mlp.up_proj", 2e3)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    gate = model.model.layers[1].mlp.gate_proj.weight
+    gate.data *= 2e3 / float(gate.data.abs().max())
+    model.save_pretrained(folder)
+    _, module = built(folder)
+    found = looked_at(module)
+    assert found.is_input and found.largest == math.inf and "layers.1.mlp.down_proj" in found.name
+    assert "what " in advice(found) and "precision.fp32_layers=[layers.1]" in advice(found)
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.up_proj"])
+def test_kept_in_fp32_it_trains_as_all_of_it_in_fp32(part: str, tmp_path: Path) -> None:
+    folder = grown(tmp_path, part, 6e4)
+    (_, whole), (_, mixed), (_, half) = built(folder, Compute.fp32), built(folder, layers=("layers.1",)), built(folder)
+    assert not looked_at(mixed).overflows
+    batch = lay_out(examples(5), Batching.ragged)
+    losses = []
+    for module in (whole, mixed):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=module is mixed):
+            loss = module(batch)
+        (loss * 2.0**10).backward()  # else what is small vanishes in fp16
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        assert not math.isfinite(float(half(batch)))
+    gradients = [{name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None} for module in (whole, mixed)]
+    assert gradients[0].keys() == gradients[1].keys()
+    wanted, found = (torch.cat([weight.flatten() for weight in some.values()]) for some in gradients)
+    assert torch.isfinite(found).all() and (found - wanted).norm() < 0.02 * wanted.norm()
+    with for_generation(mixed.model) as model:
+        assert model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 8)
+
+
+def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    folder = grown(tmp_path, "mlp.up_proj", 1.0)
+    with pytest.raises(Refusal, match=r"precision.fp32_layers=layers.7: this model has no such layer — layers.0 to layers.2"):
+        built(folder, layers=("layers.7",))
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["precision=fp32", "engine=accelerate"], "precision.fp32_layers=[]"),
+        (["precision=fp16", "engine=deepspeed"], "engine=accelerate"),
+        (["precision=fp16", "engine=accelerate", "method.base=int8"], "method.base=nf4"),
+    ],
+)
+def test_where_it_cannot_be_honoured_the_plan_says_so(words: list[str], instead: str) -> None:
+    config = compose(["+exp=lora_t4", "precision.fp32_layers=[layers.1]", *words])
+    assert config.method.base in (Base.as_is, Base.int8)
+    with pytest.raises(PlanError) as refused:
+        make_plan(config, Machine(kind="cuda", device_names=["Tesla T4"], memory_gib=[15.0], cores=8, ram_gib=64.0), 1)
+    assert any(line.startswith("precision.fp32_layers=[layers.1]: ") and line.endswith(f"type {instead}") for line in refused.value.problems)
