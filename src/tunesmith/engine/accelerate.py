@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from tunesmith.config import Compute, Config
 from tunesmith.data.batches import MicroBatch
@@ -109,3 +110,4 @@ class AccelerateEngine(Engine):
 
     def close(self) -> None:
         self.accelerator.free_memory()
+        AcceleratorState._reset_state()  # a next run in this process (Hydra's -m) may have another precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class DeepSpeedEngine(Engine):
         self.world = world
         self.device = device
         self.deepspeed = _import_deepspeed()
+        os.environ["LOCAL_RANK"] = str(world.local_rank)  # a run of the other engine in this process took it away
         self.deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
         self.splits_weights = config.engine.zero == 3
         self.engine, _, _, _ = self.deepspeed.initialize(

@@ -1,0 +1,272 @@
+"""Walks through the combinations of method, precision, engine, optimizer and checkpointing, on real ranks of a CPU.
+
+    python -m tests.matrix MODEL OUT.json                                        one rank
+    torchrun --nproc-per-node 2 -m tests.matrix MODEL OUT.json                   two
+
+Each combination trains five updates of a small model, is held against what must be so, and is told in one record. One process walks
+through all of them, as Hydra's multirun does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tunesmith import checkpoint, engine, loop, metrics, model
+from tunesmith.compose import compose
+from tunesmith.config import Base, Batching, Compute, Config
+from tunesmith.data.batches import Batches
+from tunesmith.data.examples import ListedExamples
+from tunesmith.data.layout import Example
+from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.plan import Plan, PlanError, make_plan
+from tunesmith.run import leave
+from tunesmith.world import World, this_world
+
+METHODS = {
+    "full": ["method=full"],
+    "LoRA": ["method=lora"],
+    "rsLoRA": ["method=lora", "method.rslora=true"],
+    "DoRA": ["method=lora", "method.dora=true"],
+    "LoRA+": ["method=lora", "method.b_lr_ratio=4"],
+    "LoRA from layer 1": ["method=lora", "method.first_layer=1"],
+    "LoRA and embedding": ["method=lora", "method.modules_to_save=[embed_tokens]"],
+    "QLoRA (NF4)": ["method=qlora"],
+    "LoRA on INT8": ["method=lora_int8"],
+    "prefix": ["method=prefix", "method.virtual_tokens=5"],
+    "prompt": ["method=prompt", "method.virtual_tokens=5"],
+}
+ENGINES = {
+    "Accelerate": ["engine=accelerate"],
+    "FSDP2": ["engine=accelerate"],
+    "ZeRO 0": ["engine=deepspeed", "engine.zero=0"],
+    "ZeRO 1": ["engine=deepspeed", "engine.zero=1"],
+    "ZeRO 2": ["engine=deepspeed", "engine.zero=2"],
+    "ZeRO 3": ["engine=deepspeed", "engine.zero=3"],
+    "ZeRO 2, offload": ["engine=deepspeed", "engine.zero=2", "engine.offload=true"],
+    "ZeRO 3, offload": ["engine=deepspeed", "engine.zero=3", "engine.offload=true"],
+}
+PRECISIONS = {"fp32": ["precision=fp32"], "bf16": ["precision=bf16"], "fp16": ["precision=fp16"]}
+OPTIMIZERS = {
+    "AdamW": [],
+    "AdamW 8 bit": ["optim.name=adamw_8bit"],
+    "paged AdamW 8 bit": ["optim.name=paged_adamw_8bit"],
+    "Adafactor": ["optim.name=adafactor"],
+    "SGD": ["optim.name=sgd", "optim.lr=0.1"],
+}
+CHECKPOINTING = {"": [], "checkpointing": ["engine.checkpointing=true"], "checkpointing every 2": ["engine.checkpointing=true", "engine.checkpoint_every=2"]}
+STEPS, SAVED = 5, 3
+
+
+def combinations() -> Iterator[tuple[str, str, str, str, str]]:
+    """(method, engine, precision, optimizer, checkpointing): every method, engine and precision; then one thing more at a time."""
+    yield from ((*names, "AdamW", "") for names in product(METHODS, ENGINES, PRECISIONS))
+    for optimizer in list(OPTIMIZERS)[1:]:
+        yield from ((*names, "fp32", optimizer, "") for names in product(("full", "LoRA"), ENGINES))
+    for checkpointing in list(CHECKPOINTING)[1:]:
+        yield from ((*names, "fp32", "AdamW", checkpointing) for names in product(METHODS, ("Accelerate", "ZeRO 2", "ZeRO 3")))
+
+
+def words_of(names: Sequence[str]) -> list[str]:
+    tables: tuple[dict[str, list[str]], ...] = (METHODS, ENGINES, PRECISIONS, OPTIMIZERS, CHECKPOINTING)
+    return [word for table, name in zip(tables, names, strict=True) for word in table[name]]
+
+
+def conversations(count: int, vocabulary: int) -> list[Example]:
+    draw, made = np.random.default_rng(0), []
+    for length in draw.integers(6, 30, count):
+        targets = draw.random(length) < 0.5
+        targets[-1] = True
+        made.append(Example(draw.integers(3, vocabulary, length).astype(np.int32), targets, "made up"))
+    return made
+
+
+class Walk:
+    """One process's way through the combinations."""
+
+    def __init__(self, folder: Path, world: World, out: Path):
+        self.folder, self.world, self.out = folder, world, out
+        self.machine = this_machine()
+        self.device = torch.device("cpu")
+        self.examples = ListedExamples(conversations(8, 300))
+        self.common = [
+            "name=matrix", "model=local", f"model.path={folder}", "data=local", "data.train=x.json", "data.max_tokens=64", "train.steps=5",
+            "train.conversations_per_step=8", "train.micro_batch=2", "optim.lr=1e-2", "optim.warmup_steps=0", "optim.schedule=constant",
+            "method.r=4", "hardware.peak=1e14", "hardware.threads=1", "engine.timeout_s=60", "tracker=none",
+        ]  # fmt: skip
+
+    def plan(self, words: Sequence[str]) -> tuple[Config, Plan]:
+        config = compose([*self.common, *words])
+        return config, make_plan(config, self.machine, self.world.size, len(self.examples), longest_tokens=30, model_folder=self.folder)
+
+    def record(self, names: Sequence[str]) -> dict[str, Any]:
+        """What becomes of a combination: trains, or refused with the plan's lines; raises AssertionError where it breaks a promise."""
+        words = words_of(names)
+        start = time.perf_counter()
+        try:
+            config, plan = self.plan(words)
+        except PlanError as error:
+            instead = self.instead(words, error.problems)
+            return {"names": names, "ranks": self.world.size, "outcome": "refused", "lines": error.problems, "instead": instead}
+        facts = self.train(config, plan)
+        return {"names": names, "ranks": self.world.size, "outcome": "trains", "seconds": round(time.perf_counter() - start, 2), **facts}
+
+    def instead(self, words: Sequence[str], lines: Sequence[str]) -> list[str]:
+        """What the refusal says to type, which must be legal."""
+        typed = list(words)
+        for _ in range(3):  # what is typed for one line may meet another rule
+            for line in lines:
+                assert line.count(" — type ") == 1 and "\n" not in line, line
+                first = re.split(r", or |, ", line.partition(" — type ")[2])[0].split()
+                assert first and all(re.fullmatch(r"[a-z_.]+=\S*", word) for word in first), line
+                typed += first
+            try:
+                self.plan(typed)
+            except PlanError as error:
+                lines = error.problems
+            else:
+                return typed[len(words) :]
+        raise AssertionError(f"{words}: typing {typed[len(words) :]} is refused too: {lines}")
+
+    def train(self, config: Config, plan: Plan) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(engine_broadcast(folder, self.world))
+            parts = self.parts(config, plan, place)
+            worker = parts.engine
+            batches = parts.batches.micro_batches(0, self.world.rank, self.world.size)
+            before, frozen, first = copied(worker.trained_state()), fingerprint(worker), mean(worker.evaluate(batches))
+            assert all(weight.dtype is torch.float32 for weight in trained(worker)) or plan.deepspeed, "trainable weights are fp32"
+            for step in range(SAVED):
+                numbers = loop.take_step(parts, step)
+                assert 0 < numbers["speed/mfu"] <= numbers["speed/hfu"] < 1, numbers
+            assert parts.checkpoints.save(SAVED)
+            for step in range(SAVED, STEPS):
+                loop.take_step(parts, step)
+            after, last = copied(worker.trained_state()), mean(worker.evaluate(batches))
+            assert last < first, f"the loss went from {first} to {last}"
+            assert fingerprint(worker) == frozen, "a frozen weight changed"
+            if before is not None and after is not None:
+                same = [name for name in before if torch.equal(before[name], after[name])]
+                assert not same, f"not trained: {same}"
+            checkpoint.export(worker, place / "result")
+            if self.world.is_main:
+                self.read_again(config, place / "result", after, last)
+            worker.close()
+
+            again = self.parts(config, plan, place)
+            assert again.checkpoints.restore() == SAVED
+            for step in range(SAVED, STEPS):
+                loop.take_step(again, step)
+            resumed = again.engine.trained_state()
+            if after is not None and resumed is not None:
+                differ = [name for name in after if not torch.equal(after[name], resumed[name])]
+                assert not differ, f"resumed to other bits: {differ}"
+            again.engine.close()
+            return {"loss": [round(first, 3), round(last, 3)]}
+
+    def parts(self, config: Config, plan: Plan, place: Path) -> loop.Training:
+        worker = engine.build_engine(config, plan, self.world, model.build_model(config, self.folder, self.device), self.device)
+        batches = Batches(self.examples, 8, plan.micro_batch, 0, Batching.ragged, attention_cost=plan.attention_cost)
+        meter, saves = metrics.Meter(self.device, self.world.size, 1e14), checkpoint.Checkpoints(place / "checkpoints", worker, 2)
+        sensors: Any = metrics.CardSensors(self.device)
+        nothing: Any = None
+        return loop.Training(config, plan, worker, batches, [], meter, sensors, nothing, saves, nothing)
+
+    def read_again(self, config: Config, result: Path, after: dict[str, torch.Tensor] | None, loss: float) -> None:
+        """The result, loaded the plain way, gives the loss that training ended with; beside a quantised base, the same weights."""
+        assert after is not None
+        if config.method.base is not Base.as_is:
+            from safetensors.torch import load_file
+
+            saved = load_file(result / "adapter_model.safetensors")
+            stored = {name.removeprefix("model.").replace(".default", ""): weight for name, weight in after.items()}
+            assert saved.keys() == stored.keys()
+            assert all(torch.equal(saved[name], stored[name]) for name in saved)
+            return
+        found = plain_loss(model.read_adapter(result, self.folder), list(self.examples))
+        room = 1e-4 if config.precision.compute is Compute.fp32 else 0.03
+        assert abs(found - loss) < room * loss, f"the export's loss is {found}, the run's {loss}"
+
+
+def engine_broadcast(item: str, world: World) -> str:
+    box = [item]
+    if world.size > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def copied(state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+    return None if state is None else {name: weight.clone() for name, weight in state.items()}
+
+
+def trained(worker: engine.Engine) -> list[torch.Tensor]:
+    return [weight for weight in worker.loss_module.parameters() if weight.requires_grad]
+
+
+def fingerprint(worker: engine.Engine) -> str:
+    """Of what this rank holds of all frozen weights."""
+    total = hashlib.sha256()
+    for _, weight in sorted(worker.loss_module.named_parameters()):
+        if not weight.requires_grad:
+            held = getattr(weight, "ds_tensor", weight.data)  # ZeRO 3 keeps a rank's part there
+            held = held.to_local() if hasattr(held, "to_local") else held
+            total.update(held.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def mean(found: tuple[float, int]) -> float:
+    return found[0] / found[1]
+
+
+@torch.no_grad()
+def plain_loss(loaded: Any, examples: Sequence[Example]) -> float:
+    """Nats a target token, each conversation alone, by the library's own forward."""
+    total, count = 0.0, 0
+    for example in examples:
+        ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+        logits = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]  # behind virtual tokens
+        targets = torch.from_numpy(example.targets[1:])
+        total += float(F.cross_entropy(logits[:-1][targets].float(), ids[0, 1:][targets], reduction="sum"))
+        count += int(targets.sum())
+    return total / count
+
+
+def main() -> None:
+    folder, out, *only = map(str, sys.argv[1:])
+    world = this_world()
+    prepare_environment(on_cpu=True)
+    walk = Walk(Path(folder), world, Path(out))
+    engine.join(compose(walk.common), world, walk.device, 1, 0)
+    records = []
+    for names in combinations():
+        if only and not all(word in names for word in only):
+            continue
+        try:
+            records.append(walk.record(names))
+        except Exception as error:
+            print(f"rank {world.rank}: {', '.join(filter(None, names))}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            if world.size > 1:  # the others wait in a collective
+                leave(1)
+            records.append({"names": names, "ranks": world.size, "outcome": "failed", "error": f"{type(error).__name__}: {error}"})
+        if world.is_main:
+            print(records[-1], flush=True)
+    if world.is_main:
+        walk.out.write_text(json.dumps(records))
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()
