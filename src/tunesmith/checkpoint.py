@@ -8,11 +8,13 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from tunesmith.config import Refusal
 from tunesmith.engine import Engine
@@ -134,17 +136,49 @@ class Checkpoints:
 
 
 def export(engine: Engine, folder: Path) -> None:
-    """Leave the adapter (PEFT layout) or the full model (Hugging Face layout) in `folder`, whole or not at all."""
+    """Leave the adapter (PEFT layout) or the full model (Hugging Face layout) in `folder`, whole or not at all.
+
+    What was written is read again and held against the weights; raises RuntimeError on all ranks where it is not the same.
+    """
     state = engine.trained_state()
-    if not engine.world.is_main:
-        return
-    assert state is not None
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(engine.model, aside, {name.removeprefix("model."): weight for name, weight in state.items()})
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(aside, folder)
+    wrong = ""
+    if engine.world.is_main:
+        assert state is not None
+        aside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(engine.model, aside, {name.removeprefix("model."): weight for name, weight in state.items()})
+        wrong = not_written(state, aside)
+        if wrong:
+            shutil.rmtree(aside)
+    if wrong := engine.broadcast(wrong):
+        raise RuntimeError(f"{folder}: {wrong} — nothing was left there; the checkpoints are whole, and the same command writes it anew")
+    if engine.world.is_main:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+
+
+def not_written(state: Mapping[str, torch.Tensor], folder: Path) -> str:
+    """What of the weights is not in the folder's .safetensors files, shape and bits, in words; empty if all of it is.
+
+    By content: PEFT and Hugging Face write other names than the model's own.
+    """
+    if empty := [name for name, weight in state.items() if not weight.numel()]:  # a shard that was never gathered looks so
+        return f"{len(empty)} of {len(state)} trained weights are empty (first: {empty[0]})"
+    written = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                written |= {_content(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            return f"{path.name} cannot be read ({error})"
+    lost = [name for name, weight in state.items() if _content(weight) not in written]
+    return f"{len(lost)} of {len(state)} trained weights are not what the file has (first: {lost[0]})" if lost else ""
+
+
+def _content(weight: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    flat = weight.detach().contiguous().reshape(-1).view(torch.uint8)
+    return weight.dtype, weight.shape, hashlib.sha256(flat.numpy().data).digest()
 
 
 def random_state() -> dict[str, Any]:
