@@ -43,6 +43,14 @@ class EngineKind(Enum):
     accelerate = "accelerate"
 
 
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    sgd = "sgd"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -281,6 +289,9 @@ class Train:
 
 @dataclass
 class Optim:
+    name: OptimizerKind = OptimizerKind.adamw
+    """adamw (8 bytes of state a weight), adamw_8bit (2, bitsandbytes), paged_adamw_8bit (and the card's driver moves it to the
+    machine's memory where the card is full), adafactor (a number for each row and column of a matrix), sgd (4, or 0 without momentum)."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
@@ -292,13 +303,15 @@ class Optim:
     min_lr_ratio: float = 0.0
     """Last learning rate as a fraction of lr."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices (vectors get none)."""
+    """Decoupled weight decay of matrices (vectors get none); under sgd it is a part of the gradient."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.999
     """AdamW's second moment decay."""
     eps: float = 1e-8
     """AdamW's denominator guard."""
+    momentum: float = 0.9
+    """Share of the step before in that of sgd; 0: none, and no state."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     label_smoothing: float = 0.0

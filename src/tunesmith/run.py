@@ -28,7 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from tunesmith.config import Config, MethodKind, Refusal
-from tunesmith.plan import Plan, describe, trained_weights
+from tunesmith.plan import Plan, describe, state_bytes, trained_weights
 from tunesmith.world import World
 
 COMPLETED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
@@ -268,9 +268,9 @@ def _one_line(text: str) -> str:
 
 
 def checkpoint_gib(plan: Plan, config: Config) -> float:
-    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weight and two moments each."""
-    trained = trained_weights(plan.shape, config.method)
-    return trained * 4 * (3 * (config.train.keep + 1) + 1) / 2**30
+    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weights and the optimizer's state."""
+    weights = 4 * trained_weights(plan.shape, config.method)
+    return ((weights + state_bytes(plan.shape, config)) * (config.train.keep + 1) + weights) / 2**30
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

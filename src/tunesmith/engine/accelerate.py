@@ -14,8 +14,8 @@ from accelerate import Accelerator
 
 from tunesmith.config import Compute, Config
 from tunesmith.data.batches import MicroBatch
-from tunesmith.engine import Clock, Engine, Outcome, make_optimizer, set_rate
-from tunesmith.model import TargetLoss
+from tunesmith.engine import Clock, Engine, Outcome, set_rate
+from tunesmith.model import TargetLoss, make_optimizer, page_again
 from tunesmith.world import World
 
 
@@ -34,7 +34,7 @@ class AccelerateEngine(Engine):
         )
         if self.accelerator.num_processes != world.size:
             raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes where there are {world.size}")
-        self.module, self.optimizer = self.accelerator.prepare(module, make_optimizer(module, config, device))
+        self.module, self.optimizer = self.accelerator.prepare(module, make_optimizer(module, config))
         self._waited_s = 0.0
         if world.size > 1:
             self.module.register_comm_hook(None, self._timed_all_reduce)
@@ -98,6 +98,7 @@ class AccelerateEngine(Engine):
         if missing:
             raise ValueError(f"{folder / 'state.pt'} has weights that this model lacks: {', '.join(missing[:3])}")
         self.optimizer.load_state_dict(state["optimizer"])
+        page_again(self.optimizer.optimizer)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

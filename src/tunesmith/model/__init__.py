@@ -21,6 +21,7 @@ from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm
 from tunesmith.model.adapters import inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
 from tunesmith.model.noise import with_noise
+from tunesmith.model.optimizers import make_optimizer, page_again
 from tunesmith.model.source import check_source, free_gib, model_folder
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "new_tokens",
-    "read_adapter", "save_model", "stream",
+    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "make_optimizer", "model_folder",
+    "new_tokens", "page_again", "read_adapter", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import

@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Policy, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
+from tunesmith.plan.optimizers import SETTINGS
 from tunesmith.plan.shapes import ModelShape
 
 
@@ -53,7 +54,11 @@ _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         lambda value: value >= 1,
     ),
     ("optim.lr optim.eps method.alpha method.b_lr_ratio tracker.init_timeout_s", "must be above 0", lambda value: value > 0),
-    ("method.dropout optim.beta1 optim.beta2 optim.label_smoothing", "must be at least 0 and below 1", lambda value: 0 <= value < 1),
+    (
+        "method.dropout optim.beta1 optim.beta2 optim.momentum optim.label_smoothing",
+        "must be at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+    ),
     ("optim.min_lr_ratio optim.decay_share", "must be between 0 and 1", lambda value: 0 <= value <= 1),
 )
 
@@ -135,6 +140,7 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         )
     if engine.checkpoint_every > 1 and not engine.checkpointing:
         yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
+    yield from _optimizer_problems(config)
     yield from _method_problems(config, shape)
     virtual = method.virtual_tokens if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
     if shape and config.data.max_tokens + virtual > shape.max_positions:
@@ -142,6 +148,32 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         yield (
             f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions{behind} "
             f"— type data.max_tokens={shape.max_positions - virtual}"
+        )
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    engine, optim, defaults = config.engine, config.optim, Optim()
+    for name, readers in SETTINGS.items():
+        value, default = getattr(optim, name), getattr(defaults, name)
+        if value != default and optim.name not in readers:
+            yield f"optim.{name}={value}: {optim.name.value} has none — type optim.{name}={default}, or optim.name={readers[0].value}"
+    if optim.name is OptimizerKind.adafactor and engine.kind is EngineKind.deepspeed and (
+        engine.zero > 0 or config.precision.compute is not Compute.fp32
+    ):
+        why = f"ZeRO {engine.zero}" if engine.zero else f"DeepSpeed's {config.precision.compute.value} mode"
+        yield (
+            f"optim.name=adafactor: keeps a number for each row and column of a matrix, and {why} lays all weights out in one flat "
+            "piece — type optim.name=adamw_8bit, or engine=accelerate"
+        )
+    if optim.name is OptimizerKind.paged_adamw_8bit and engine.kind is EngineKind.deepspeed:
+        yield (
+            "optim.name=paged_adamw_8bit: DeepSpeed puts a resumed state onto the card, outside of pages — type engine=accelerate, "
+            "optim.name=adamw_8bit, or optim.name=adamw engine.offload=true"
+        )
+    elif optim.name is OptimizerKind.adamw_8bit and engine.kind is EngineKind.deepspeed and engine.offload:
+        yield (
+            "optim.name=adamw_8bit: saves memory of the card, and engine.offload=true keeps none of the optimizer there "
+            "— type optim.name=adamw, or engine.offload=false"
         )
 
 
@@ -189,6 +221,11 @@ def _hardware_problems(
         yield f"hardware.card={wanted}: no such row — type one of cpu, any, {', '.join(CARDS)}"
         return
     on_cpu, card = target(config, machine)
+    if on_cpu and config.optim.name is OptimizerKind.paged_adamw_8bit:
+        yield (
+            "optim.name=paged_adamw_8bit: pages go between a CUDA card and the machine's memory, and this run has no card "
+            "— type optim.name=adamw_8bit"
+        )
     if on_cpu and compute is Compute.fp16:
         yield "precision.compute=fp16: on a CPU half precision is slower than fp32, and overflows — type precision=fp32"
     if card and compute is Compute.bf16 and card.capability[0] < 8:

@@ -7,6 +7,7 @@ against what autograd saves); the context and allocator rounding are declared fi
 from __future__ import annotations
 
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
+from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.shapes import ModelShape
 
 GIB = 2**30
@@ -43,7 +44,7 @@ def memory_gib(
     weights = trained * trained_bytes + (0 if full else _base_bytes(shape, config))
     gradients = trained * trained_bytes / split[1]
     master = 4 if deepspeed and (compute == 2 or zero) else 0  # ZeRO clones even weights that are fp32 already
-    optimizer = trained * (master + 8) / split[0]  # AdamW's two moments
+    optimizer = (trained * master + state_bytes(shape, config)) / split[0]
     # ZeRO updates from an fp32 copy of this rank's gradients (its own estimator counts 20 bytes a weight on one GPU).
     gradients += trained * 4 / split[0] if zero and compute == 2 else 0
     if config.engine.offload and zero >= 2:
