@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import re
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,25 @@ NAME = re.compile(r"step-(\d+)")
 MANIFEST = "manifest.json"
 
 
+@dataclass
+class Best:
+    """The lowest held-out loss so far, where train.patience asks for it; every checkpoint carries it."""
+
+    step: int = 0
+    """0: none was seen."""
+    loss: float = 0.0
+    waited: int = 0
+    """Held-out losses since, none of them lower."""
+
+    def see(self, step: int, loss: float) -> bool:
+        """Take note of a held-out loss; True if it is the lowest. (One that is not a number is not.)"""
+        if loss < self.loss if self.step else math.isfinite(loss):
+            self.step, self.loss, self.waited = step, loss, 0
+            return True
+        self.waited += 1
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run, shared by all its ranks."""
 
@@ -34,6 +55,7 @@ class Checkpoints:
         self.keep = keep
         self.alarm = ""
         """Why the last save did not come about; empty when it did."""
+        self.best = Best()
 
     def save(self, step: int) -> bool:
         """Save all ranks' state after `step` updates; False, with an alarm on stderr, if the disk does not take it.
@@ -74,7 +96,16 @@ class Checkpoints:
         self.engine.restore(folder)
         rank = self.engine.world.rank if self.engine.world.rank < manifest["world_size"] else 0
         restore_random_state(torch.load(folder / f"random-{rank}.pt", weights_only=False))
+        self.best = Best(**manifest.get("best", {}))
         return int(step)
+
+    def take_best(self) -> bool:
+        """Put the weights with the lowest held-out loss in the place of the present ones; False if they are not on the disk."""
+        folder = self.folder / f"step-{self.best.step:06d}"
+        there = self.engine.broadcast(_whole_manifest(folder) is not None if self.engine.world.is_main else None)
+        if there:
+            self.engine.restore(folder)
+        return bool(there)
 
     def _write_part(self, aside: Path) -> None:
         self.engine.save(aside)
@@ -85,7 +116,8 @@ class Checkpoints:
         for path in sorted(p for p in aside.rglob("*") if p.is_file()):
             files[str(path.relative_to(aside))] = {"bytes": path.stat().st_size, "sha256": digest(path)}
             _sync(path)
-        record = {"step": step, "engine": type(self.engine).__name__, "world_size": self.engine.world.size, "files": files}
+        made_by = {"engine": type(self.engine).__name__, "world_size": self.engine.world.size}
+        record = {"step": step, **made_by, "best": asdict(self.best), "files": files}
         write_json(aside / MANIFEST, record)  # last: what has a manifest is complete
         _sync(aside)
         if final.exists():  # an earlier, damaged attempt at this step that was not taken up
@@ -95,8 +127,7 @@ class Checkpoints:
 
     def _newest_good(self) -> tuple[int, Path, dict[str, Any]] | None:
         for step, folder in reversed(self._present()):
-            manifest = read_json(folder / MANIFEST)
-            if manifest and all(_is_whole(folder / name, facts) for name, facts in manifest["files"].items()):
+            if manifest := _whole_manifest(folder):
                 return step, folder, manifest
             bad = _free_name(folder)
             folder.rename(bad)
@@ -111,7 +142,8 @@ class Checkpoints:
         return sorted(found)
 
     def _forget_old(self) -> None:
-        for _, folder in self._present()[: -self.keep]:
+        old = [folder for step, folder in self._present()[: -self.keep] if step != self.best.step]
+        for folder in old:
             doomed = folder.with_name(f".{folder.name}.old")
             os.replace(folder, doomed)  # out of sight in one move, then deleted at leisure
             shutil.rmtree(doomed, ignore_errors=True)
@@ -204,6 +236,13 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def _whole_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint of which every file is there as it was written, else None."""
+    manifest = read_json(folder / MANIFEST)
+    whole = manifest and all(_is_whole(folder / name, facts) for name, facts in manifest["files"].items())
+    return manifest if whole else None
 
 
 def _is_whole(path: Path, facts: dict[str, Any]) -> bool:

@@ -283,6 +283,9 @@ class Train:
     """Complete checkpoints kept."""
     eval_every: int = 50
     """Steps between held-out losses; 0: only before and after."""
+    patience: int = 0
+    """Held-out losses in a row without a new lowest after which the run ends early. The weights with the lowest are kept and are the
+    result, also of a run that goes to its end. 0: never, and the last weights are the result."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
 

@@ -143,8 +143,8 @@ class RunFolder:
         if self.world.is_main:
             write_json(self.path / "status.json", {**self.status(), "state": state, "updated": round(time.time()), **facts})
 
-    def complete(self, steps: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Mark the run as done and print the table of before and after."""
+    def complete(self, steps: int, ended: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """Mark the run as done after so many updates, say why it ended, and print the table of before and after."""
         if not self.world.is_main:
             return
         path = self.path / "evaluation.json"
@@ -152,7 +152,8 @@ class RunFolder:
         write_json(path, evaluation)
         if len(evaluation) > 1:  # more than the samples, which are empty then
             self.say(before_after(evaluation))
-        self.set_status("completed", step=steps)
+        self.set_status("completed", step=steps, ended=ended)
+        self.say(f"ended    {ended}")
 
 
 class StopSignal:
@@ -270,7 +271,8 @@ def _one_line(text: str) -> str:
 def checkpoint_gib(plan: Plan, config: Config) -> float:
     """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weights and the optimizer's state."""
     weights = 4 * trained_weights(plan.shape, config.method)
-    return ((weights + state_bytes(plan.shape, config)) * (config.train.keep + 1) + weights) / 2**30
+    checkpoints = config.train.keep + 1 + (config.train.patience > 0)  # the best one may be older than those kept
+    return ((weights + state_bytes(plan.shape, config)) * checkpoints + weights) / 2**30
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

@@ -331,10 +331,12 @@ def _words(config: Config) -> str:
 
 def run_id(config: Config) -> str:
     """8 hex digits of all that changes the result: typing a default makes no difference, nor does NOT_IN_RUN_ID."""
+    # Where the run's end depends on them, the steps between held-out losses change the result.
+    without = [path for path in NOT_IN_RUN_ID if not (path == "train.eval_every" and config.train.patience)]
     kept = {
         path: value
         for path, value in leaves(config)
-        if not any(path == out or path.startswith(f"{out}.") for out in NOT_IN_RUN_ID)
+        if not any(path == out or path.startswith(f"{out}.") for out in without)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 

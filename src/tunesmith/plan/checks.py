@@ -39,7 +39,7 @@ def problems(
     shape the model's memory and layer names go unchecked.
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
-    found += [*_data_problems(config), *_combination_problems(config, shape)]
+    found += [*_patience_problems(config), *_data_problems(config), *_combination_problems(config, shape)]
     unclear = (*(f"method.{name}" for name in ("r", "targets", *ONLY_LORA, "virtual_tokens")), "data.max_tokens", "engine.checkpoint_every")
     if any(line.partition("=")[0] in unclear for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
@@ -101,6 +101,14 @@ def _batch_problems(config: Config, world_size: int, steps: int) -> Iterator[str
             f"optim.warmup_steps={config.optim.warmup_steps}: the run has only {steps} steps, so lr would never arrive "
             f"— type optim.warmup_steps={steps // 10}"
         )
+
+
+def _patience_problems(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.patience > 0 and not config.data.dev:
+        yield f"train.patience={train.patience}: there is no held-out loss to wait for — type data.dev= a file, or train.patience=0"
+    if train.patience > 0 and train.eval_every == 0:
+        yield f"train.patience={train.patience}: train.eval_every=0 measures at the end only — type train.eval_every=50"
 
 
 CANNOT_BE_KEPT = ("broken_json", "not_utf8", "nul", "malformed", "unknown_role", "loss_not_boolean", "tool_without_name", "no_target")
