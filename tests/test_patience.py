@@ -15,9 +15,9 @@ from tests.test_resume import trained, with_fault
 from tunesmith.checkpoint import Best
 from tunesmith.plan import problems, run_id
 
-# A rate of 2 spoils the adapter after a few steps that help.
+# A rate that grows to 20 helps for a few steps and then spoils the adapter.
 QUIET = ["eval.before=false", "eval.conversations=1"]
-WORDS = [*QUIET, "train.steps=12", "optim.warmup_steps=8", "optim.schedule=constant", "optim.lr=2", "train.eval_every=1"]
+WORDS = [*QUIET, "train.steps=12", "optim.warmup_steps=8", "optim.schedule=constant", "optim.lr=20", "train.eval_every=1"]
 
 
 def test_the_lowest_is_noted() -> None:

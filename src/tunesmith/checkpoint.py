@@ -86,7 +86,7 @@ class Checkpoints:
             return 0
         step, folder, manifest = found
         now = {"engine": type(self.engine).__name__, "world_size": self.engine.world.size}
-        split = manifest["engine"] == "DeepSpeedEngine"
+        split = manifest["engine"] != "AccelerateEngine"  # each rank has a part of its own
         if manifest["engine"] != now["engine"] or (split and manifest["world_size"] != now["world_size"]):
             raise Refusal(
                 f"{folder}: written by {manifest['world_size']} ranks of {manifest['engine']}, "

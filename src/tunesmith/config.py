@@ -163,9 +163,11 @@ class Precision:
 @dataclass
 class Engine:
     kind: EngineKind = EngineKind.deepspeed
-    """deepspeed (ZeRO 0 to 3) or accelerate (one process or DDP)."""
+    """deepspeed (ZeRO 0 to 3) or accelerate (one process, DDP, or FSDP2)."""
     zero: int = 2
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are split over the ranks."""
+    fsdp: bool = False
+    """Split weights, gradients and optimizer over the ranks by FSDP2 (engine.kind=accelerate; both are typed as engine=fsdp)."""
     offload: bool = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
     checkpointing: bool = False

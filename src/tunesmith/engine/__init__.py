@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tunesmith.config import Config, EngineKind
 from tunesmith.data.batches import MicroBatch
-from tunesmith.model import TargetLoss
+from tunesmith.model import TargetLoss, for_generation
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
 
@@ -80,6 +80,10 @@ class Engine(ABC):
     def model(self) -> Any:
         """The Hugging Face or PEFT model inside."""
         return self.loss_module.model
+
+    def for_generation(self) -> AbstractContextManager[Any]:
+        """The model inside, ready to generate; as it was before afterwards."""
+        return for_generation(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -167,6 +171,10 @@ def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, d
         from tunesmith.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, plan, world, module, device)
+    if config.engine.fsdp:
+        from tunesmith.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(config, world, module, device)
     from tunesmith.engine.accelerate import AccelerateEngine
 
     return AccelerateEngine(config, world, module, device)

@@ -324,7 +324,7 @@ def _words(config: Config) -> str:
     zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
     every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
     checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
-    library = zero if engine.kind is EngineKind.deepspeed else "Accelerate"
+    library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
     optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
     return f"{kind}{base}, {config.precision.compute.value}, {library}{optimizer}{checkpointing}"
 

@@ -39,7 +39,7 @@ def problems(
     shape the model's memory and layer names go unchecked.
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
-    found += [*_patience_problems(config), *_data_problems(config), *_combination_problems(config, shape)]
+    found += [*_patience_problems(config), *_data_problems(config), *_combination_problems(config, shape, world_size)]
     unclear = (*(f"method.{name}" for name in ("r", "targets", *ONLY_LORA, "virtual_tokens")), "data.max_tokens", "engine.checkpoint_every")
     if any(line.partition("=")[0] in unclear for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
@@ -126,7 +126,7 @@ def _data_problems(config: Config) -> Iterator[str]:
         yield f"data.template={template}: no such file — type its path, or one of {', '.join(TEMPLATES)}"
 
 
-def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
+def _combination_problems(config: Config, shape: ModelShape | None, world_size: int) -> Iterator[str]:
     engine, method, base = config.engine, config.method, config.method.base
     deepspeed = engine.kind is EngineKind.deepspeed
     if not 0 <= engine.zero <= 3:
@@ -135,6 +135,7 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         yield "engine.offload=true: only DeepSpeed offloads — type engine=deepspeed, or engine.offload=false"
     elif engine.offload and engine.zero < 2:
         yield f"engine.offload=true: ZeRO {engine.zero} keeps the optimizer on the card — type engine.zero=2"
+    yield from _fsdp_problems(config, world_size)
     if base is not Base.as_is and method.kind is MethodKind.full:
         recipe = "qlora" if base is Base.nf4 else "lora_int8"
         yield (
@@ -156,6 +157,32 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         yield (
             f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions{behind} "
             f"— type data.max_tokens={shape.max_positions - virtual}"
+        )
+
+
+def _fsdp_problems(config: Config, world_size: int) -> Iterator[str]:
+    engine, method, optim = config.engine, config.method, config.optim.name
+    if not engine.fsdp:
+        return
+    if engine.kind is EngineKind.deepspeed:
+        yield "engine.fsdp=true: DeepSpeed splits weights by ZeRO 3 — type engine=fsdp, or engine.zero=3 engine.fsdp=false"
+    if world_size == 1:
+        yield (
+            "engine.fsdp=true: nothing to shard on 1 rank — type engine=accelerate engine.fsdp=false, or start several: "
+            "torchrun --nproc-per-node 2 train.py ..."
+        )
+    if method.base is not Base.as_is:
+        yield (
+            f"engine.fsdp=true: cuts weights into pieces, which tears a {method.base.value} base from the scales it is stored with "
+            "— type method.base=as_is, or engine.fsdp=false"
+        )
+    if optim not in (OptimizerKind.adamw, OptimizerKind.sgd):
+        why = "needs the rows and columns of whole matrices" if optim is OptimizerKind.adafactor else "has kernels for whole tensors only"
+        yield f"optim.name={optim.value}: {why}, and engine.fsdp=true leaves pieces — type optim.name=adamw, or engine.fsdp=false"
+    if config.precision.compute is Compute.fp16:
+        yield (
+            "engine.fsdp=true: fp16's loss scaling is not tried on gradients in pieces, and no CPU can try it "
+            "— type precision=bf16, or engine.fsdp=false"
         )
 
 
@@ -285,12 +312,14 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
     size_gib, tokens, train = _size_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
     full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
+    pieces = changed(config, {"engine.fsdp": True})
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
         (not full and as_is and zero != 3, "method.base=nf4", {"method.base": Base.nf4}),
         (full, "method=lora", {"method.kind": MethodKind.lora}),
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
         (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
         (0 <= zero < 3 and world_size > 1 and as_is, "engine.zero=3", {"engine.zero": 3}),
+        (zero < 0 and not config.engine.fsdp and not any(_fsdp_problems(pieces, world_size)), "engine=fsdp", {"engine.fsdp": True}),
         (zero in (2, 3) and full and not on_cpu, "engine.offload=true", {"engine.offload": True}),
         (tokens >= 256, f"data.max_tokens={tokens // 2}", {"data.max_tokens": tokens // 2}),
     ]
