@@ -71,11 +71,11 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
 
     before = folder.evaluation("before", judge, wanted=config.eval.before and done == 0)
     with metrics.open_sinks(config, folder, plan.steps, done) as sinks:
-        loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
+        steps, ended = loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
-        sinks.summarise(after)
-    folder.complete(plan.steps, evaluate.side_by_side(dataset, before, after, config.eval.samples))
+        sinks.summarise({**after, "run/ended": ended})
+    folder.complete(steps, ended, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:
         report.write_report(folder.path)
     folder.say_what_was_made()

@@ -20,6 +20,8 @@ SAME_RESULT = [
     ("DeepSpeed, 2 ranks, ZeRO-2", "deepspeed", 2, []),
     ("DeepSpeed, 2 ranks, ZeRO-3, accumulation 3", "deepspeed", 2, ["engine.zero=3", "train.micro_batch=2"]),
     ("torchrun, 2 ranks, ZeRO-1, accumulation", "torchrun", 2, ["engine.zero=1", "train.micro_batch=2"]),
+    ("ZeRO-2, optimizer in CPU memory, 2 ranks, accumulation", "deepspeed", 2, ["engine.offload=true", "train.micro_batch=2"]),
+    ("ZeRO-3, optimizer in CPU memory, 2 ranks", "deepspeed", 2, ["engine.zero=3", "engine.offload=true"]),
     ("accelerate launch, 2 ranks, DDP", "accelerate", 2, ["engine=accelerate"]),
     ("RANK and WORLD_SIZE alone, 2 ranks, DDP, accumulation", "plain", 2, ["engine=accelerate", "train.micro_batch=1"]),
     ("padded rectangles", "python", 1, ["engine=accelerate", "data.batching=padded"]),
@@ -54,7 +56,8 @@ def test_same_losses(
     assert done.world_size == ranks
     assert len(done.losses) == 7
     assert done.losses == pytest.approx(reference, rel=1e-4), name
-    assert "deepspeed_shm_comm" not in done.output, "DeepSpeed's CPU extension was built"
+    for extension in ("deepspeed_shm_comm", "cpu_adam"):
+        assert extension not in done.output, "DeepSpeed's CPU extension was built"
 
 
 def test_same_world_and_engine_is_bitwise(reference: list[float], tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

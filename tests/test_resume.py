@@ -21,8 +21,8 @@ QUIET = ["eval.before=false", "eval.after=false", "method.dropout=0.1"]  # dropo
 def with_fault(words: list[str], launcher: str, ranks: int, fault: str, folder: Path) -> tuple[Finished, float]:
     """A launch in which one rank does something at one step, and the seconds from then to the end of the job."""
     mark = folder / "fault.txt"
-    path = os.pathsep.join([str(ROOT / "tests/faults"), os.environ.get("PYTHONPATH", "")])
-    extra = {"PYTHONPATH": path, "TUNESMITH_TEST_FAULT": fault, "TUNESMITH_TEST_FAULT_FILE": str(mark)}
+    paths = os.pathsep.join([str(ROOT / "tests/faults"), str(ROOT / "src")])  # this checkout's program, also where another is installed
+    extra = {"PYTHONPATH": paths, "TUNESMITH_TEST_FAULT": fault, "TUNESMITH_TEST_FAULT_FILE": str(mark)}
     done = launch(launcher, words, ranks, extra=extra)
     assert mark.is_file(), f"the fault never happened\n{done.output}"
     return done, time.time() - float(mark.read_text().split()[0])
@@ -36,17 +36,20 @@ def trained(done: Finished) -> str:
 @pytest.mark.parametrize(
     ("launcher", "ranks", "engine", "stop_signal", "rank"),
     [
-        ("python", 1, "accelerate", signal.SIGTERM, 0),
-        ("deepspeed", 1, "deepspeed", signal.SIGINT, 0),
-        ("torchrun", 2, "accelerate", signal.SIGUSR1, 1),
-        ("plain", 2, "deepspeed", signal.SIGUSR1, 1),
+        ("python", 1, ["engine=accelerate"], signal.SIGTERM, 0),
+        ("deepspeed", 1, ["engine=deepspeed"], signal.SIGINT, 0),
+        ("torchrun", 2, ["engine=accelerate"], signal.SIGUSR1, 1),
+        ("plain", 2, ["engine=deepspeed"], signal.SIGUSR1, 1),
+        ("plain", 2, ["engine=deepspeed", "engine.offload=true"], signal.SIGUSR1, 0),
+        ("plain", 2, ["engine=deepspeed", "engine.zero=3"], signal.SIGTERM, 1),
     ],
+    ids=["one process", "DeepSpeed", "DDP", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3"],
 )
 def test_stop_and_resume_is_bitwise(
-    launcher: str, ranks: int, engine: str, stop_signal: int, rank: int, overrides: list[str], tmp_path: Path
+    launcher: str, ranks: int, engine: list[str], stop_signal: int, rank: int, overrides: list[str], tmp_path: Path
 ) -> None:
     """One rank gets the signal; all save at the same step, leave with 75, and the same command ends with the same bits."""
-    words = [*overrides, *QUIET, f"engine={engine}", "train.micro_batch=2"]
+    words = [*overrides, *QUIET, *engine, "train.micro_batch=2"]
     never_stopped = launch(launcher, [*words, f"outputs={tmp_path / 'whole'}"], ranks)
     never_stopped.outputs = tmp_path / "whole"
     assert never_stopped.code == 0, never_stopped.output

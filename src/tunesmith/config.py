@@ -43,6 +43,14 @@ class EngineKind(Enum):
     accelerate = "accelerate"
 
 
+class OptimizerKind(Enum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    sgd = "sgd"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -157,9 +165,11 @@ class Precision:
 @dataclass
 class Engine:
     kind: EngineKind = EngineKind.deepspeed
-    """deepspeed (ZeRO 0 to 3) or accelerate (one process or DDP)."""
+    """deepspeed (ZeRO 0 to 3) or accelerate (one process, DDP, or FSDP2)."""
     zero: int = 2
     """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are split over the ranks."""
+    fsdp: bool = False
+    """Split weights, gradients and optimizer over the ranks by FSDP2 (engine.kind=accelerate; both are typed as engine=fsdp)."""
     offload: bool = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
     checkpointing: bool = False
@@ -277,12 +287,18 @@ class Train:
     """Complete checkpoints kept."""
     eval_every: int = 50
     """Steps between held-out losses; 0: only before and after."""
+    patience: int = 0
+    """Held-out losses in a row without a new lowest after which the run ends early. The weights with the lowest are kept and are the
+    result, also of a run that goes to its end. 0: never, and the last weights are the result."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
 
 
 @dataclass
 class Optim:
+    name: OptimizerKind = OptimizerKind.adamw
+    """adamw (8 bytes of state a weight), adamw_8bit (2, bitsandbytes), paged_adamw_8bit (and the card's driver moves it to the
+    machine's memory where the card is full), adafactor (a number for each row and column of a matrix), sgd (4, or 0 without momentum)."""
     lr: float = 2e-4
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
@@ -294,13 +310,15 @@ class Optim:
     min_lr_ratio: float = 0.0
     """Last learning rate as a fraction of lr."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices (vectors get none)."""
+    """Decoupled weight decay of matrices (vectors get none); under sgd it is a part of the gradient."""
     beta1: float = 0.9
     """AdamW's first moment decay."""
     beta2: float = 0.999
     """AdamW's second moment decay."""
     eps: float = 1e-8
     """AdamW's denominator guard."""
+    momentum: float = 0.9
+    """Share of the step before in that of sgd; 0: none, and no state."""
     clip: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     label_smoothing: float = 0.0

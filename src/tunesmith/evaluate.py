@@ -16,7 +16,7 @@ from tunesmith.data.examples import Examples
 from tunesmith.data.templates import Renderer, parse_call
 from tunesmith.engine import Engine
 from tunesmith.loop import held_out
-from tunesmith.model import for_generation, new_tokens
+from tunesmith.model import new_tokens
 
 _BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
 """By training examples, which each data set has for itself: the numbers before and after are the same."""
@@ -59,13 +59,13 @@ def baseline(dataset: Dataset) -> dict[str, float]:
 
 @torch.no_grad()
 def answer(engine: Engine, questions: Sequence[Question], renderer: Renderer, settings: Eval) -> list[str]:
-    """Greedy answers in question order, shared out over the ranks in equally many calls (ZeRO-3 needs all of them)."""
+    """Greedy answers in question order, shared out over the ranks in equally many calls (split weights need all of them)."""
     world = engine.world
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     size = settings.batch
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     mine: dict[int, str] = {}
-    with for_generation(engine.model) as model:
+    with engine.for_generation() as model:
         for first in range(0, len(parts), world.size):
             index = first + world.rank
             part = parts[min(index, len(parts) - 1)]

@@ -100,26 +100,50 @@ def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) ->
     return f"fp16     largest value {found.largest:,.0f} of {LARGEST:,.0f}, at {found.name}"
 
 
-def train(parts: Training, done: int) -> None:
-    """Take the updates from `done` to the plan's last; raises Stopped after saving when a signal asked for it."""
-    every, last = parts.config.train, parts.plan.steps
+def train(parts: Training, done: int) -> tuple[int, str]:
+    """Take the updates from `done` to the plan's last, or until train.patience is at its end; how many were taken, and why no more.
+
+    Raises Stopped after saving when a signal asked for it.
+    """
+    every, last, best = parts.config.train, parts.plan.steps, parts.checkpoints.best
+    over = 0 < every.patience <= best.waited
     parts.stop.arm()
-    for step in range(done, last):
-        with parts.memory(step):
-            metrics = take_step(parts, step)
-            done = step + 1
+    while done < last and not over:
+        with parts.memory(done):
+            metrics = take_step(parts, done)
+            done += 1
             if due(done, every.eval_every, last) and parts.dev:
                 parts.meter.at = "held-out loss"
                 metrics |= held_out(parts.engine, parts.dev)
+        lowest = False
+        if "dev/loss" in metrics:
+            # Ranks act on one number, not on each its own.
+            lowest = every.patience > 0 and best.see(done, parts.engine.broadcast(metrics["dev/loss"]))
+            over = 0 < every.patience <= best.waited
         if due(done, every.log_every, last) or "dev/loss" in metrics:
             parts.sinks.log(done, metrics)
         stopping = parts.engine.agree(parts.stop.asked)
-        if stopping or due(done, every.save_every, last):
+        if stopping or lowest or over or due(done, every.save_every, last):
             saved = parts.checkpoints.save(done)
             if stopping:
                 kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
                 raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on", done)
     parts.stop.disarm()
+    return done, _ending(parts, done)
+
+
+def _ending(parts: Training, done: int) -> str:
+    """Why the run ends after `done` updates; with train.patience, the best weights are taken up."""
+    patience, last, best = parts.config.train.patience, parts.plan.steps, parts.checkpoints.best
+    why = f"all {last} steps are done"
+    if done < last:
+        why = f"step {done} of {last}: no lower held-out loss in {patience} evaluations"
+    if not best.step or best.step == done:
+        return why
+    lowest = f"step {best.step} with dev/loss {best.loss:.4f}"
+    if parts.checkpoints.take_best():
+        return f"{why}; {lowest} is the result"
+    return f"{why}; {lowest} is NOT on the disk any more, so these last weights are the result"
 
 
 def take_step(parts: Training, step: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal
-from tunesmith.plan import Plan, describe, trained_weights
+from tunesmith.plan import Plan, describe, state_bytes, trained_weights
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
@@ -152,8 +152,8 @@ class RunFolder:
         if self.world.is_main:
             write_json(self.path / "status.json", {**self.status(), "state": state, "updated": round(time.time()), **facts})
 
-    def complete(self, steps: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Mark the run as done and print the table of before and after."""
+    def complete(self, steps: int, ended: str, samples: Sequence[Mapping[str, str]]) -> None:
+        """Mark the run as done after so many updates, say why it ended, and print the table of before and after."""
         if not self.world.is_main:
             return
         path = self.path / "evaluation.json"
@@ -161,7 +161,8 @@ class RunFolder:
         write_json(path, evaluation)
         if len(evaluation) > 1:  # more than the samples, which are empty then
             self.say(before_after(evaluation))
-        self.set_status("completed", step=steps)
+        self.set_status("completed", step=steps, ended=ended)
+        self.say(f"ended    {ended}")
 
 
 class StopSignal:
@@ -286,9 +287,10 @@ def _one_line(text: str) -> str:
 
 
 def checkpoint_gib(plan: Plan, config: Config) -> float:
-    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weight and two moments each."""
-    trained = trained_weights(plan.shape, config.method)
-    return trained * 4 * (3 * (config.train.keep + 1) + 1) / 2**30
+    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weights and the optimizer's state."""
+    weights = 4 * trained_weights(plan.shape, config.method)
+    checkpoints = config.train.keep + 1 + (config.train.patience > 0)  # the best one may be older than those kept
+    return ((weights + state_bytes(plan.shape, config)) * checkpoints + weights) / 2**30
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

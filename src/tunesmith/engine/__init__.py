@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from tunesmith.config import Config, EngineKind
 from tunesmith.data.batches import MicroBatch
-from tunesmith.model import TargetLoss
-from tunesmith.model.adapters import parameter_groups
+from tunesmith.model import TargetLoss, for_generation
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
 
@@ -82,6 +80,10 @@ class Engine(ABC):
     def model(self) -> Any:
         """The Hugging Face or PEFT model inside."""
         return self.loss_module.model
+
+    def for_generation(self) -> AbstractContextManager[Any]:
+        """The model inside, ready to generate; as it was before afterwards."""
+        return for_generation(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -181,17 +183,13 @@ def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, d
         from tunesmith.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, plan, world, module, device)
+    if config.engine.fsdp:
+        from tunesmith.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(config, world, module, device)
     from tunesmith.engine.accelerate import AccelerateEngine
 
     return AccelerateEngine(config, world, module, device)
-
-
-def make_optimizer(module: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights, weight decay on matrices only (fused where torch has it for the device)."""
-    optim = config.optim
-    return torch.optim.AdamW(
-        parameter_groups(module, config), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-    )
 
 
 def set_rate(optimizer: Any, lr: float) -> None:

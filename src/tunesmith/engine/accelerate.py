@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 
 from tunesmith.config import Compute, Config
 from tunesmith.data.batches import MicroBatch
-from tunesmith.engine import Clock, Engine, Outcome, make_optimizer, set_rate
-from tunesmith.model import TargetLoss
+from tunesmith.engine import Clock, Engine, Outcome, set_rate
+from tunesmith.model import TargetLoss, make_optimizer, page_again
 from tunesmith.world import World
 
 
@@ -30,23 +30,32 @@ class AccelerateEngine(Engine):
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the engine is the config's choice, not `accelerate launch`'s
         if world.size == 1:
             os.environ.pop("LOCAL_RANK", None)  # with it Accelerate takes one process for a world and wraps the model in DDP
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if compute is Compute.fp32 else compute.value
-        )
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=self._autocast(compute))
         if self.accelerator.num_processes != world.size:
             raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes where there are {world.size}")
-        self.module, self.optimizer = self.accelerator.prepare(module, make_optimizer(module, config, device))
         self._waited_s = 0.0
-        if world.size > 1:
-            self.module.register_comm_hook(None, self._timed_all_reduce)
+        self.module = self._spread(module, compute)
+        self.optimizer = self.accelerator.prepare(make_optimizer(module, config))
+
+    @staticmethod
+    def _autocast(compute: Compute) -> str:
+        """Accelerate's word for the type that matmuls are cast to."""
+        return "no" if compute is Compute.fp32 else compute.value
+
+    def _spread(self, module: TargetLoss, compute: Compute) -> Any:
+        """The module as it is called in training, over all ranks."""
+        spread = self.accelerator.prepare(module)
+        if self.world.size > 1:
+            spread.register_comm_hook(None, self._timed_all_reduce)
+        return spread
 
     def step(self, batches: Sequence[MicroBatch], targets: int, lr: float, clock: Clock) -> Outcome:
         set_rate(self.optimizer, lr)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches):
+            # DDP sends gradients once a step, with the last micro-batch. Pieces go with each: whole gradients would need DDP's memory.
             is_last = number == len(batches) - 1
-            # Gradients are sent once a step, with the last micro-batch.
-            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+            with nullcontext() if is_last or self.splits_weights else self.accelerator.no_sync(self.module):
                 with clock("forward"):
                     loss = self.module(batch)
                 with clock("backward"):
@@ -99,6 +108,7 @@ class AccelerateEngine(Engine):
         if missing:
             raise ValueError(f"{folder / 'state.pt'} has weights that this model lacks: {', '.join(missing[:3])}")
         self.optimizer.load_state_dict(state["optimizer"])
+        page_again(self.optimizer.optimizer)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -13,8 +13,8 @@ import torch
 
 from tunesmith.config import Config
 from tunesmith.data.batches import MicroBatch
-from tunesmith.engine import Clock, Engine, Outcome, make_optimizer, set_rate
-from tunesmith.model import TargetLoss
+from tunesmith.engine import Clock, Engine, Outcome, set_rate
+from tunesmith.model import TargetLoss, make_optimizer
 from tunesmith.plan import Plan
 from tunesmith.world import World
 
@@ -43,7 +43,7 @@ class DeepSpeedEngine(Engine):
         self.deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False, dist_init_required=False)
         self.splits_weights = config.engine.zero == 3
         self.engine, _, _, _ = self.deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module, config, device), config=copy.deepcopy(plan.deepspeed), dist_init_required=False
+            model=module, optimizer=make_optimizer(module, config), config=copy.deepcopy(plan.deepspeed), dist_init_required=False
         )
         self.loss_module = module
 

@@ -32,7 +32,7 @@ class Sinks:
 
     def __init__(self, sinks: Sequence[Sink]):
         self.sinks = sinks
-        self._summary: dict[str, float] = {}
+        self._summary: dict[str, Any] = {}
         self._told: set[str] = set()
 
     def __enter__(self) -> Sinks:

@@ -19,8 +19,9 @@ from torch import nn
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
-from tunesmith.model.adapters import inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
 from tunesmith.model.noise import with_noise
+from tunesmith.model.optimizers import make_optimizer, page_again
 from tunesmith.model.source import check_source, free_gib, model_folder
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "TargetLoss", "build_model", "check_source", "for_generation", "free_gib", "load_tokenizer", "model_folder", "new_tokens",
-    "read_adapter", "save_model", "stream",
+    "DTYPES", "TargetLoss", "build_model", "check_source", "decoder_layers", "for_generation", "free_gib", "load_tokenizer",
+    "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
@@ -144,8 +145,10 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     if config.precision.fp32_layers:
         halves.keep_in_fp32(model, config.precision.fp32_layers, device, DTYPES[config.precision.compute])
     model.train()
-    if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed:
-        model.to(device)  # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then
+    if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed and not config.engine.fsdp:
+        # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then. FSDP does so layer by
+        # layer and keeps a piece of each: the whole need not fit.
+        model.to(device)
     return TargetLoss(model, config.optim.label_smoothing, config.optim.neftune_alpha)
 
 

@@ -84,6 +84,11 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers, lowest first."""
+    return inner_model(model).base_model.layers
+
+
 def recompute_layers(model: Any, config: Config) -> None:
     """Let one of every engine.checkpoint_every layers, from the lowest trained one on, be recomputed in backward.
 
@@ -97,7 +102,7 @@ def recompute_layers(model: Any, config: Config) -> None:
     embedding = base.get_input_embeddings()
     embedding._forward_hooks.clear()
     lowest = 0 if trains_inputs(model) or method.kind is not MethodKind.lora else method.first_layer
-    for number, layer in enumerate(base.base_model.layers):
+    for number, layer in enumerate(decoder_layers(model)):
         layer.gradient_checkpointing = number >= lowest and (number - lowest) % config.engine.checkpoint_every == 0
 
 

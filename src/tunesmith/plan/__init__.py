@@ -14,16 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, Train
+from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, memory_gib
+from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files",
-    "shape_of", "step_flops", "steps_per_epoch", "trained_weights",
+    "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -281,7 +282,7 @@ def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> d
         "zero_optimization": zero,
         "gradient_clipping": config.optim.clip,
         **half,
-        "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW in every case ...
+        "zero_allow_untested_optimizer": True,  # the optimizer is torch's or bitsandbytes' in every case ...
         "zero_force_ds_cpu_optimizer": False,  # ... with offload too
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -325,18 +326,19 @@ def _words(config: Config) -> str:
     zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
     every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
     checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
-    library = zero if engine.kind is EngineKind.deepspeed else "Accelerate"
-    return (
-        f"{kind}{base}, {config.precision.compute.value}, {library}{checkpointing}"
-    )
+    library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
+    optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
+    return f"{kind}{base}, {config.precision.compute.value}, {library}{optimizer}{checkpointing}"
 
 
 def run_id(config: Config) -> str:
     """8 hex digits of all that changes the result: typing a default makes no difference, nor does NOT_IN_RUN_ID."""
+    # Where the run's end depends on them, the steps between held-out losses change the result.
+    without = [path for path in NOT_IN_RUN_ID if not (path == "train.eval_every" and config.train.patience)]
     kept = {
         path: value
         for path, value in leaves(config)
-        if not any(path == out or path.startswith(f"{out}.") for out in NOT_IN_RUN_ID)
+        if not any(path == out or path.startswith(f"{out}.") for out in without)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 

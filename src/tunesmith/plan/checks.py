@@ -9,9 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Policy, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
+from tunesmith.plan.optimizers import SETTINGS
 from tunesmith.plan.shapes import ModelShape
 
 
@@ -38,7 +39,7 @@ def problems(
     shape the model's memory and layer names go unchecked.
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
-    found += [*_data_problems(config), *_combination_problems(config, shape)]
+    found += [*_patience_problems(config), *_data_problems(config), *_combination_problems(config, shape, world_size)]
     unclear = (*(f"method.{name}" for name in ("r", "targets", *ONLY_LORA, "virtual_tokens")), "data.max_tokens", "engine.checkpoint_every")
     if any(line.partition("=")[0] in unclear for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
@@ -53,7 +54,11 @@ _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         lambda value: value >= 1,
     ),
     ("optim.lr optim.eps method.alpha method.b_lr_ratio tracker.init_timeout_s", "must be above 0", lambda value: value > 0),
-    ("method.dropout optim.beta1 optim.beta2 optim.label_smoothing", "must be at least 0 and below 1", lambda value: 0 <= value < 1),
+    (
+        "method.dropout optim.beta1 optim.beta2 optim.momentum optim.label_smoothing",
+        "must be at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+    ),
     ("optim.min_lr_ratio optim.decay_share", "must be between 0 and 1", lambda value: 0 <= value <= 1),
 )
 
@@ -98,6 +103,14 @@ def _batch_problems(config: Config, world_size: int, steps: int) -> Iterator[str
         )
 
 
+def _patience_problems(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.patience > 0 and not config.data.dev:
+        yield f"train.patience={train.patience}: there is no held-out loss to wait for — type data.dev= a file, or train.patience=0"
+    if train.patience > 0 and train.eval_every == 0:
+        yield f"train.patience={train.patience}: train.eval_every=0 measures at the end only — type train.eval_every=50"
+
+
 CANNOT_BE_KEPT = ("broken_json", "not_utf8", "nul", "malformed", "unknown_role", "loss_not_boolean", "tool_without_name", "no_target")
 TEMPLATES = ("auto", "own", "chatml", "llama3", "chatglm3")
 
@@ -113,7 +126,7 @@ def _data_problems(config: Config) -> Iterator[str]:
         yield f"data.template={template}: no such file — type its path, or one of {', '.join(TEMPLATES)}"
 
 
-def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
+def _combination_problems(config: Config, shape: ModelShape | None, world_size: int) -> Iterator[str]:
     engine, method, base = config.engine, config.method, config.method.base
     deepspeed = engine.kind is EngineKind.deepspeed
     if not 0 <= engine.zero <= 3:
@@ -122,6 +135,7 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         yield "engine.offload=true: only DeepSpeed offloads — type engine=deepspeed, or engine.offload=false"
     elif engine.offload and engine.zero < 2:
         yield f"engine.offload=true: ZeRO {engine.zero} keeps the optimizer on the card — type engine.zero=2"
+    yield from _fsdp_problems(config, world_size)
     if base is not Base.as_is and method.kind is MethodKind.full:
         recipe = "qlora" if base is Base.nf4 else "lora_int8"
         yield (
@@ -139,10 +153,13 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
             yield f"{named}: every layer computes in fp32 — type precision.fp32_layers=[]"
         elif engine.kind is EngineKind.deepspeed:
             yield f"{named}: DeepSpeed turns every weight into {config.precision.compute.value} — type engine=accelerate"
+        elif engine.fsdp:
+            yield f"{named}: FSDP2 casts all weights of a layer alike — type engine=accelerate engine.fsdp=false"
         elif base is Base.int8:
             yield f"{named}: bitsandbytes multiplies int8 layers in fp16 alone — type method.base=nf4"
     if engine.checkpoint_every > 1 and not engine.checkpointing:
         yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
+    yield from _optimizer_problems(config)
     yield from _method_problems(config, shape)
     virtual = method.virtual_tokens if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
     if shape and config.data.max_tokens + virtual > shape.max_positions:
@@ -150,6 +167,58 @@ def _combination_problems(config: Config, shape: ModelShape | None) -> Iterator[
         yield (
             f"data.max_tokens={config.data.max_tokens}: {shape.name} knows {shape.max_positions} positions{behind} "
             f"— type data.max_tokens={shape.max_positions - virtual}"
+        )
+
+
+def _fsdp_problems(config: Config, world_size: int) -> Iterator[str]:
+    engine, method, optim = config.engine, config.method, config.optim.name
+    if not engine.fsdp:
+        return
+    if engine.kind is EngineKind.deepspeed:
+        yield "engine.fsdp=true: DeepSpeed splits weights by ZeRO 3 — type engine=fsdp, or engine.zero=3 engine.fsdp=false"
+    if world_size == 1:
+        yield (
+            "engine.fsdp=true: nothing to shard on 1 rank — type engine=accelerate engine.fsdp=false, or start several: "
+            "torchrun --nproc-per-node 2 train.py ..."
+        )
+    if method.base is not Base.as_is:
+        yield (
+            f"engine.fsdp=true: cuts weights into pieces, which tears a {method.base.value} base from the scales it is stored with "
+            "— type method.base=as_is, or engine.fsdp=false"
+        )
+    if optim not in (OptimizerKind.adamw, OptimizerKind.sgd):
+        why = "needs the rows and columns of whole matrices" if optim is OptimizerKind.adafactor else "has kernels for whole tensors only"
+        yield f"optim.name={optim.value}: {why}, and engine.fsdp=true leaves pieces — type optim.name=adamw, or engine.fsdp=false"
+    if config.precision.compute is Compute.fp16:
+        yield (
+            "engine.fsdp=true: fp16's loss scaling is not tried on gradients in pieces, and no CPU can try it "
+            "— type precision=bf16, or engine.fsdp=false"
+        )
+
+
+def _optimizer_problems(config: Config) -> Iterator[str]:
+    engine, optim, defaults = config.engine, config.optim, Optim()
+    for name, readers in SETTINGS.items():
+        value, default = getattr(optim, name), getattr(defaults, name)
+        if value != default and optim.name not in readers:
+            yield f"optim.{name}={value}: {optim.name.value} has none — type optim.{name}={default}, or optim.name={readers[0].value}"
+    if optim.name is OptimizerKind.adafactor and engine.kind is EngineKind.deepspeed and (
+        engine.zero > 0 or config.precision.compute is not Compute.fp32
+    ):
+        why = f"ZeRO {engine.zero}" if engine.zero else f"DeepSpeed's {config.precision.compute.value} mode"
+        yield (
+            f"optim.name=adafactor: keeps a number for each row and column of a matrix, and {why} lays all weights out in one flat "
+            "piece — type optim.name=adamw_8bit, or engine=accelerate"
+        )
+    if optim.name is OptimizerKind.paged_adamw_8bit and engine.kind is EngineKind.deepspeed:
+        yield (
+            "optim.name=paged_adamw_8bit: DeepSpeed puts a resumed state onto the card, outside of pages — type engine=accelerate, "
+            "optim.name=adamw_8bit, or optim.name=adamw engine.offload=true"
+        )
+    elif optim.name is OptimizerKind.adamw_8bit and engine.kind is EngineKind.deepspeed and engine.offload:
+        yield (
+            "optim.name=adamw_8bit: saves memory of the card, and engine.offload=true keeps none of the optimizer there "
+            "— type optim.name=adamw, or engine.offload=false"
         )
 
 
@@ -197,6 +266,11 @@ def _hardware_problems(
         yield f"hardware.card={wanted}: no such row — type one of cpu, any, {', '.join(CARDS)}"
         return
     on_cpu, card = target(config, machine)
+    if on_cpu and config.optim.name is OptimizerKind.paged_adamw_8bit:
+        yield (
+            "optim.name=paged_adamw_8bit: pages go between a CUDA card and the machine's memory, and this run has no card "
+            "— type optim.name=adamw_8bit"
+        )
     if on_cpu and compute is Compute.fp16:
         yield "precision.compute=fp16: on a CPU half precision is slower than fp32, and overflows — type precision=fp32"
     if card and compute is Compute.bf16 and card.capability[0] < 8:
@@ -248,12 +322,14 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
     size_gib, tokens, train = _size_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
     full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
+    pieces = changed(config, {"engine.fsdp": True})
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
         (not full and as_is and zero != 3, "method.base=nf4", {"method.base": Base.nf4}),
         (full, "method=lora", {"method.kind": MethodKind.lora}),
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
         (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
         (0 <= zero < 3 and world_size > 1 and as_is, "engine.zero=3", {"engine.zero": 3}),
+        (zero < 0 and not config.engine.fsdp and not any(_fsdp_problems(pieces, world_size)), "engine=fsdp", {"engine.fsdp": True}),
         (zero in (2, 3) and full and not on_cpu, "engine.offload=true", {"engine.offload": True}),
         (tokens >= 256, f"data.max_tokens={tokens // 2}", {"data.max_tokens": tokens // 2}),
     ]

@@ -7,6 +7,7 @@ against what autograd saves); the context and allocator rounding are declared fi
 from __future__ import annotations
 
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
+from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.shapes import ModelShape
 
 GIB = 2**30
@@ -38,12 +39,13 @@ def memory_gib(
     trained = shape.trained_weights(config.method)
     # Trained weights are loaded in fp32; DeepSpeed's fp16 and bf16 modes turn them into 2 bytes beside an fp32 master.
     trained_bytes = compute if deepspeed else 4
-    split = [world_size if zero >= stage else 1 for stage in (1, 2, 3)]  # optimizer, gradients, weights
+    stage = 3 if config.engine.fsdp else zero
+    split = [world_size if stage >= least else 1 for least in (1, 2, 3)]  # optimizer, gradients, weights
 
     weights = trained * trained_bytes + (0 if full else _base_bytes(shape, config))
     gradients = trained * trained_bytes / split[1]
     master = 4 if deepspeed and (compute == 2 or zero) else 0  # ZeRO clones even weights that are fp32 already
-    optimizer = trained * (master + 8) / split[0]  # AdamW's two moments
+    optimizer = (trained * master + state_bytes(shape, config)) / split[0]
     # ZeRO updates from an fp32 copy of this rank's gradients (its own estimator counts 20 bytes a weight on one GPU).
     gradients += trained * 4 / split[0] if zero and compute == 2 else 0
     if config.engine.offload and zero >= 2:
@@ -57,11 +59,13 @@ def memory_gib(
         buffers += 3 * largest * compute
     if zero:
         buffers += min(trained, BUCKET) * trained_bytes * (1 if cpu else 2)  # one fills while the other travels
+    elif config.engine.fsdp:  # the layer at work and the next one, and embedding and head all the time
+        buffers += (2 * shape.weights_per_layer + shape.embedding_weights) * compute
     elif world_size > 1:
         buffers += trained * trained_bytes  # DDP's buckets hold a copy of all gradients
     if zero == 3:
         buffers += 2 * shape.weights_per_layer * compute  # the layer at work and the next one, gathered
-    if full and not deepspeed and compute == 2:
+    if full and not deepspeed and not config.engine.fsdp and compute == 2:
         buffers += shape.layers * shape.matmul_weights_per_layer * 2  # autocast keeps its half copies for the forward
 
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
@@ -135,8 +139,9 @@ def layer_activation_bytes(shape: ModelShape, config: Config) -> int:
     saved += 3 * c * f if shape.gated else 2 * c * f
     # What a trained linear layer or adapter reads: once for all that read the same (the attention's output is counted
     # above, but GLM's projection reads a copy, as it puts its half-rotated heads together heads first), and a copy for each
-    # where dropout makes one, with a 1-byte mask, or autocast (accelerate in halves) does.
-    copies = (bool(method.dropout) and not full) or (config.engine.kind is EngineKind.accelerate and c == 2)
+    # where dropout makes one, with a 1-byte mask, or autocast (accelerate in halves, FSDP2 aside) does.
+    autocast = config.engine.kind is EngineKind.accelerate and not config.engine.fsdp and c == 2
+    copies = (bool(method.dropout) and not full) or autocast
     for number, block in enumerate(shape.blocks):
         widths = [linear[1] for linear in block if linear in adapted]
         saved += c * sum(widths) if copies else c * max(widths, default=0) * (number != 1 or shape.fused)

@@ -114,6 +114,8 @@ def judge(rows: Sequence[Row], status: Row, evaluation: Row) -> list[str]:
     timed = [(gap, row.get("time/step_s")) for gap, row in zip(gaps, rows, strict=True)]
     if seconds := sum(gap * step_s for gap, step_s in timed if is_number(step_s)):
         parts[0] += f" in {number(seconds / 60)} minutes"
+    if status.get("ended") and done < (status.get("steps") or 0):
+        parts.append(f"ended at {status['ended']}")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     if losses:  # the last value as it is: nan here is the most important thing on the page
         parts.append(f"training loss {number(losses[0])} → {number(losses[-1])}")
