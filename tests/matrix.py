@@ -1,14 +1,17 @@
 """Walks through the combinations of method, precision, engine, optimizer and checkpointing, on real ranks of a CPU.
 
-    python -m tests.matrix MODEL OUT.json                                        one rank
-    torchrun --nproc-per-node 2 -m tests.matrix MODEL OUT.json                   two
+    python -m tests.matrix MODEL ONE.json                                        one rank
+    torchrun --nproc-per-node 2 -m tests.matrix MODEL TWO.json                   two
+    python -m tests.matrix MODEL ONE.json LoRA/FSDP2/bf16/AdamW                  that one alone
+    python -m tests.matrix page ONE.json TWO.json > docs/matrix.md
 
-Each combination trains five updates of a small model, is held against what must be so, and is told in one record. One process walks
+Each combination trains four updates of a small model, is held against what must be so, and is told in one record. One process walks
 through all of them, as Hydra's multirun does.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -68,19 +71,21 @@ OPTIMIZERS = {
     "SGD": ["optim.name=sgd", "optim.lr=0.1"],
 }
 CHECKPOINTING = {"": [], "checkpointing": ["engine.checkpointing=true"], "checkpointing every 2": ["engine.checkpointing=true", "engine.checkpoint_every=2"]}
-HALVED = ("full", "LoRA", "QLoRA (NF4)", "prefix")
-"""Methods that are tried in halves: of each way to keep weights one."""
-STEPS, SAVED = 5, 3
+SOME = ("full", "LoRA", "QLoRA (NF4)", "prefix")
+"""Of each way to keep weights one method: for what does not look at the method."""
+STEPS, SAVED = 4, 2
 
 
 def combinations() -> Iterator[tuple[str, str, str, str, str]]:
     """(method, engine, precision, optimizer, checkpointing): every method and engine, then one thing more at a time."""
-    yield from ((*names, "fp32", "AdamW", "") for names in product(METHODS, ENGINES))
-    yield from ((*names, "AdamW", "") for names in product(HALVED, ENGINES, ("bf16", "fp16")))
+    spread = [name for name in ENGINES if "offload" not in name]
+    yield from ((*names, "fp32", "AdamW", "") for names in product(METHODS, spread))
+    yield from ((*names, "fp32", "AdamW", "") for names in product(SOME, ENGINES) if names[1] not in spread)
+    yield from ((*names, "AdamW", "") for names in product(SOME, spread, ("bf16", "fp16")))
     for optimizer in list(OPTIMIZERS)[1:]:
-        yield from ((*names, "fp32", optimizer, "") for names in product(("full", "LoRA"), ENGINES))
-    for checkpointing in list(CHECKPOINTING)[1:]:
-        yield from ((*names, "fp32", "AdamW", checkpointing) for names in product(METHODS, ("Accelerate", "ZeRO 3")))
+        yield from ((*names, "fp32", optimizer, "") for names in product(("full", "LoRA"), spread))
+    for checkpointing, methods in (("checkpointing", list(METHODS)), ("checkpointing every 2", list(SOME))):
+        yield from ((*names, "fp32", "AdamW", checkpointing) for names in product(methods, ("Accelerate", "ZeRO 3")))
 
 
 def words_of(names: Sequence[str]) -> list[str]:
@@ -106,8 +111,8 @@ class Walk:
         self.device = torch.device("cpu")
         self.examples = ListedExamples(conversations(8, 300))
         self.common = [
-            "name=matrix", "model=local", f"model.path={folder}", "data=local", "data.train=x.json", "data.max_tokens=64", "train.steps=5",
-            "train.conversations_per_step=8", "train.micro_batch=2", "optim.lr=1e-2", "optim.warmup_steps=0", "optim.schedule=constant",
+            "name=matrix", "model=local", f"model.path={folder}", "data=local", "data.train=x.json", "data.max_tokens=64", f"train.steps={STEPS}",
+            "train.conversations_per_step=8", f"train.micro_batch={4 // world.size}", "optim.lr=1e-2", "optim.warmup_steps=0", "optim.schedule=constant",
             "method.r=4", "hardware.peak=1e14", "hardware.threads=1", "engine.timeout_s=60", "tracker=none",
         ]  # fmt: skip
 
@@ -247,15 +252,75 @@ def plain_loss(loaded: Any, examples: Sequence[Example]) -> float:
     return total / count
 
 
+def page(walks: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """docs/matrix.md from the records of the walks with one rank and with two."""
+    found = {(*record["names"], record["ranks"]): record for walk in walks for record in walk}
+    reasons: dict[str, int] = {}
+
+    def cell(*names: str) -> str:
+        told = []
+        for ranks in (1, 2):
+            record = found[(*names, ranks)]
+            if record["outcome"] == "trains":
+                told.append(str(ranks))
+                continue
+            numbers = [reasons.setdefault(line.partition(": ")[2], len(reasons) + 1) for line in record["lines"]]
+            told.append("no " + " ".join(f"[{number}]" for number in numbers))
+        return told[0] if told[0] == told[1] else ", ".join(told)
+
+    def table(corner: str, rows: Sequence[str], columns: Sequence[str], names: Any) -> list[str]:
+        lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        return [*lines, *(f"| {row} | {' | '.join(cell(*names(row, column)) for column in columns)} |" for row in rows), ""]
+
+    spread, offload = ([name for name in ENGINES if ("offload" in name) is is_offload] for is_offload in (False, True))
+    trains = sum(record["outcome"] == "trains" for record in found.values())
+    lines = [
+        "# What goes together", "",
+        "This page is written from what `tests/test_matrix.py` finds: a 2-layer Llama, on a CPU, with one rank and with two. "
+        f"Of {len(found)} combinations {trains} train and {len(found) - trains} are refused by the plan.", "",
+        "A cell says with how many ranks the combination trains, and has a number in brackets where the plan refuses it. To train means that",
+        "",
+        "- the loss falls, and HFU is at least MFU and below 1;",
+        "- every weight that is to be trained has changed, in fp32 (DeepSpeed's halves: beside an fp32 copy), and no other has, to the bit;",
+        "- a run that goes on from a checkpoint ends with the same bits as one that never stopped;",
+        "- the export, loaded by plain transformers and PEFT, has the loss that training ended with (to 1e-4, in halves to 3 %); "
+        "beside a quantised base, the same weights to the bit.", "",
+        "A refusal is a line with what to type instead, and the test types it: what comes out is legal. "
+        "What a card can do is in [doctor.md](doctor.md); what its memory holds, `tunesmith plan --fit` says. No card has run this test yet.", "",
+        "## Methods and engines", "", "fp32, AdamW.", "",
+        *table("method", list(METHODS), spread, lambda row, column: (row, column, "fp32", "AdamW", "")),
+        *table("method", list(SOME), offload, lambda row, column: (row, column, "fp32", "AdamW", "")),
+        "## Halves", "",
+    ]  # fmt: skip
+    for precision in ("bf16", "fp16"):
+        lines += table(precision, list(SOME), spread, lambda row, column, precision=precision: (row, column, precision, "AdamW", ""))
+    lines += ["## Optimizers", ""]
+    for method in ("full", "LoRA"):
+        lines += table(method, list(OPTIMIZERS), spread, lambda row, column, method=method: (method, column, "fp32", row, ""))
+    lines += ["## Activation checkpointing", ""]
+    for checkpointing, methods in (("checkpointing", list(METHODS)), ("checkpointing every 2", list(SOME))):
+        lines += table(
+            checkpointing, methods, ["Accelerate", "ZeRO 3"],
+            lambda row, column, checkpointing=checkpointing: (row, column, "fp32", "AdamW", checkpointing),
+        )  # fmt: skip
+    lines += ["## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    folder, out, *only = map(str, sys.argv[1:])
+    folder, out, *only = sys.argv[1:]
+    if folder == "page":
+        print(page([json.loads(Path(file).read_text()) for file in (out, *only)]), end="")
+        return
     world = this_world()
     prepare_environment(on_cpu=True)
     walk = Walk(Path(folder), world, Path(out))
     engine.join(compose(walk.common), world, walk.device, 1, 0)
+    gc.collect()
+    gc.freeze()  # thousands of modules come and go: the collector need not look at the libraries each time
     records = []
     for names in combinations():
-        if only and not all(word in names for word in only):
+        if only and "/".join(filter(None, names)) not in only:
             continue
         try:
             records.append(walk.record(names))

@@ -1,0 +1,47 @@
+"""Every combination of method, engine, precision, optimizer and checkpointing trains, or is refused with what to type."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, environment, free_port
+from tests.matrix import combinations, page
+from tunesmith.compose import compose
+from tunesmith.model.source import model_folder
+
+pytestmark = pytest.mark.launch
+PAGE = ROOT / "docs/matrix.md"
+
+
+def walk(ranks: int, model: Path, out: Path, *only: str) -> list[dict[str, Any]]:
+    torchrun = ["torchrun", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
+    start = torchrun if ranks > 1 else [sys.executable]
+    command = [*start, "-m", "tests.matrix", str(model), str(out), *only]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    records: list[dict[str, Any]] = json.loads(out.read_text())
+    failed = [record for record in records if record["outcome"] == "failed"]
+    assert not failed, "\n".join(f"{record['names']}: {record['error']}" for record in failed) + done.stderr[-6000:]
+    return records
+
+
+def test_the_whole_matrix_trains_or_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """With one rank and with two; what `Walk.record` asserts holds for each, and the page says what was found."""
+    walks = [walk(ranks, tiny_model, tmp_path / f"{ranks}.json") for ranks in (1, 2)]
+    for records in walks:
+        assert [tuple(record["names"]) for record in records] == list(combinations())
+    written = page(walks)
+    (tmp_path / "matrix.md").write_text(written)
+    assert PAGE.read_text("utf-8") == written, f"cp {tmp_path / 'matrix.md'} {PAGE}"
+
+
+def test_a_real_model_trains_as_the_small_one_does(tmp_path: Path) -> None:
+    wanted = [f"{method}/Accelerate/fp32/AdamW" for method in ("LoRA", "QLoRA (NF4)", "prefix")] + ["LoRA/ZeRO 2/fp32/AdamW"]
+    records = walk(1, model_folder(compose(["+exp=lora_cpu"]).model), tmp_path / "real.json", *wanted)
+    assert [record["outcome"] for record in records] == ["trains"] * len(wanted)
