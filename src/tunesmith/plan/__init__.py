@@ -149,7 +149,7 @@ def make_plan(
         method=_words(config),
         shape=shape,
         trained_weights=trained_weights(shape, config.method),
-        memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu),
+        memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=accumulation > 1),
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
         flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size),
@@ -209,7 +209,7 @@ def _split(
         ceiling = min(share, CPU_MICRO_BATCH) if on_cpu else share
 
         def fits(micro: int) -> bool:
-            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu)
+            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=micro < share)
             return not limit_gib or sum(parts.values()) <= ROOM * limit_gib
 
         most = 1

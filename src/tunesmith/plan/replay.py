@@ -1,0 +1,454 @@
+"""One rank's forward and backward once more, with sizes in place of numbers: what is alive when, and the most at any moment.
+
+The decoder below does what transformers', PEFT's and our own forward do, statement by statement and with the same local names, so
+that blocks are freed when Python frees the tensors; each operator keeps for backward what PyTorch's keeps, and backward runs in
+autograd's order. So the peak is found where it is (at the logits, in the last layer's MLP, at the embedding's gradient) and not
+assumed. What kernels allocate inside and free again is left out, as it belongs to a device.
+
+What a layer keeps, in bytes a token; c is the compute type's size, h hidden, q and kv the widths of all query and key heads, f the
+MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
+
+    each norm        4h + 4             its input in fp32, 1 / rms; full training: the scaled value too
+    queries, keys    (q + kv)(4 + c)    with a norm of their own (Qwen3)
+    attention        c(2q + 2kv)        rotated queries and keys, values, output; and 4 a head for the softmax's logarithm
+    SwiGLU           3cf                gate, silu(gate), up
+    linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each under autocast
+                     or dropout, and then the mask; and cr for Ax, which B reads
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tunesmith.plan.shapes import Linear, ModelShape
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "context")
+
+
+class Heap:
+    """Bytes alive by part, and the parts when their sum was highest."""
+
+    def __init__(self) -> None:
+        self.live = dict.fromkeys(PARTS, 0.0)
+        self.total = self.peak = 0.0
+        self.at_peak = dict(self.live)
+
+
+class Block:
+    """Memory that is alive as long as this object is."""
+
+    __slots__ = ("heap", "part", "size")
+
+    def __init__(self, heap: Heap, size: float, part: str) -> None:
+        self.heap, self.size, self.part = heap, size, part
+        heap.live[part] += size
+        heap.total += size
+        if heap.total > heap.peak:
+            heap.peak, heap.at_peak = heap.total, dict(heap.live)
+
+    def __del__(self) -> None:
+        self.heap.live[self.part] -= self.size
+        self.heap.total -= self.size
+
+
+Gradients = tuple["Block | None", ...]
+
+
+class Node:
+    """An operator in autograd's graph: `run` turns its output's gradient (in a list, which it may empty) into its inputs'."""
+
+    __slots__ = ("gradient", "number", "parents", "run")
+
+    def __init__(self, number: int, parents: tuple[Node | None, ...], run: Callable[[list[Block]], Gradients]) -> None:
+        self.number, self.parents, self.run = number, parents, run
+        self.gradient: Block | None = None
+
+
+class Value:
+    """A tensor [rows, width] of elements of some bytes; node None: wants no gradient."""
+
+    __slots__ = ("block", "bytes", "node", "rows", "width")
+
+    def __init__(self, block: Block, rows: float, width: float, bytes: int, node: Node | None) -> None:
+        self.block, self.rows, self.width, self.bytes, self.node = block, rows, width, bytes, node
+
+    @property
+    def size(self) -> float:
+        return self.rows * self.width * self.bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is computed, as far as memory depends on it."""
+
+    compute: int
+    """Bytes of an activation."""
+    stored: int
+    """Bytes of a weight outside the linear layers: embedding, head and norms."""
+    linear: int
+    """Bytes of a linear layer's weight as a matmul reads it."""
+    adapter: int
+    """Bytes of an adapter's weight."""
+    full: bool = False
+    autocast: bool = False
+    quantised: str = ""
+    """nf4 or int8: a weight is dequantised whole for each matmul."""
+    rank: int = 0
+    adapted: frozenset[Linear] = frozenset()
+    first_layer: int = 0
+    """Lowest layer with adapters."""
+    dropout: bool = False
+    mask: int = 1
+    """Bytes of an element of a dropout mask: 1 on a card, a whole number on a CPU."""
+    recomputed: int = 0
+    """One of every so many layers is recomputed in backward; 0: none."""
+    repeats_keys: bool = False
+    """Grouped keys and values are repeated for each query head before attention."""
+    accumulates: bool = False
+    """All gradients exist before this backward, which adds to them."""
+
+
+class Step:
+    """Forward and backward of one micro-batch of `tokens` tokens, of which `targets` have logits."""
+
+    def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
+        self.heap, self.shape, self.setting = heap, shape, setting
+        self.tokens, self.targets = tokens, targets
+        self.recording = True
+        self.again = self.stopped = False
+        """A layer is computed again; and it has been as far as its last saved tensor, where that ends."""
+        self.count = 0
+        self.cast_weights: list[Block] = []
+        self.gradients: list[Block] = []
+        self.waiting: Block | None = None
+        """A tied head's gradient, until the embedding's comes."""
+        loss = self.forward()
+        self.cast_weights.clear()
+        self.backward(loss.node, self.block(4))
+
+    def block(self, size: float, part: str = "activations") -> Block:
+        return Block(self.heap, 0.0 if self.stopped else size, part)
+
+    # --- autograd --------------------------------------------------------------------------------------------------
+
+    def apply(
+        self, inputs: tuple[Value, ...], rows: float, width: float, bytes: int, run: Callable[[list[Block]], Gradients],
+        *, block: Block | None = None, trained: bool = False, part: str = "activations",
+    ) -> Value:  # fmt: skip
+        """The output of an operator, with a node where an input or a weight of its own wants a gradient."""
+        node = None
+        if self.recording and (trained or any(value.node for value in inputs)):
+            self.count += 1
+            node = Node(self.count, tuple(value.node for value in inputs), run)
+        return Value(block or self.block(rows * width * bytes, part), rows, width, bytes, node)
+
+    def backward(self, root: Node | None, gradient: Block, leaf: Node | None = None) -> Block | None:
+        """Run the graph above a node, newest operators first, as autograd does; the gradient of `leaf` where one is asked for."""
+        assert root
+        waiting: dict[Node, int] = {}
+        pending, seen = [root], {root}
+        while pending:
+            for parent in pending.pop().parents:
+                if parent:
+                    waiting[parent] = waiting.get(parent, 0) + 1
+                    if parent not in seen:
+                        seen.add(parent)
+                        pending.append(parent)
+        seen.clear()
+        root.gradient = gradient
+        del gradient
+        ready = [(-root.number, root)]
+        while ready:
+            _, node = heapq.heappop(ready)
+            if node is leaf:
+                break
+            given = [node.gradient] if node.gradient else []
+            node.gradient = None
+            gradients = list(node.run(given))
+            del given
+            node.run = _spent  # what was saved is released
+            for parent in node.parents:
+                grown = gradients.pop(0)
+                if parent is None:
+                    continue
+                waiting[parent] -= 1
+                if parent.gradient and grown:
+                    grown = self.block(grown.size)  # added up out of place
+                parent.gradient = grown or parent.gradient
+                del grown
+                if not waiting[parent]:
+                    heapq.heappush(ready, (-parent.number, parent))
+        return leaf.gradient if leaf else None
+
+    def keep(self, gradient: Block) -> None:
+        """A weight's gradient is there: kept, or added to what was there before."""
+        if not self.setting.accumulates:
+            self.gradients.append(gradient)
+
+    # --- operators -------------------------------------------------------------------------------------------------
+
+    def cast(self, x: Value, bytes: int, part: str = "activations") -> Value:
+        if x.bytes == bytes:
+            return x
+        size = x.size
+        return self.apply((x,), x.rows, x.width, bytes, lambda _: (self.block(size, part),), part=part)
+
+    def matmul(self, x: Value, outputs: int, stored: int, trained: bool, quantised: str = "", part: str = "activations") -> Value:
+        """x W^T with a weight of `stored` bytes a number."""
+        setting = self.setting
+        inputs = int(x.width)
+        bytes = setting.compute if setting.autocast else stored
+        x = self.cast(x, bytes)
+        weight: Block | None = None
+        if quantised:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if quantised == "int8":  # the input as int8, and the product as int32
+                weight = self.block(x.rows * (inputs + 4 * outputs), "buffers")
+        elif bytes != stored:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if trained:
+                self.cast_weights.append(weight)  # autocast keeps those until the forward is over
+        wanted = x.node is not None
+        saved = (x.block if trained else None, weight if wanted and not quantised else None)
+        size = x.size
+
+        def run(_: list[Block], saved: object = saved) -> Gradients:
+            dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
+            gradient = self.block(size) if wanted else None
+            del dequantised
+            if trained:
+                grown = self.block(inputs * outputs * bytes, "gradients")
+                if bytes != stored:
+                    grown = self.block(inputs * outputs * stored, "gradients")
+                if part == "logits" and self.shape.tied:
+                    self.waiting = grown
+                else:
+                    self.keep(grown)
+            return (gradient,)
+
+        return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
+
+    def linear(self, x: Value, linear: Linear, layer: int) -> Value:
+        """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
+        setting, given = self.setting, x  # who calls a module holds its argument until it returns
+        adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
+        self.stopped = self.again and last and not adapted
+        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        if adapted:
+            x = self.cast(x, setting.adapter)
+            inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
+            self.stopped = self.again and last
+            result = self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True)))
+        del given
+        return result
+
+    def has_adapter(self, linear: Linear, layer: int) -> bool:
+        return layer >= self.setting.first_layer and linear in self.setting.adapted
+
+    def dropped(self, x: Value) -> Value:
+        if not self.setting.dropout:
+            return x
+        mask, size = self.block(x.rows * x.width * min(self.setting.mask, x.bytes)), x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, mask=mask: (self.block(size),))  # type: ignore[misc]
+
+    def scaled(self, x: Value) -> Value:
+        size = x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _: (self.block(size),))
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self.apply((x, y), x.rows, x.width, max(x.bytes, y.bytes), lambda given: (given[0], given[0]))
+
+    def multiply(self, x: Value, y: Value) -> Value:
+        saved = (x.block if y.node else None, y.block if x.node else None)
+        sizes = [value.size if value.node else 0 for value in (x, y)]
+
+        def run(_: list[Block], saved: object = saved) -> Gradients:
+            return tuple(self.block(size) if size else None for size in sizes)
+
+        return self.apply((x, y), x.rows, x.width, x.bytes, run)
+
+    def silu(self, x: Value) -> Value:
+        saved, size = x.block, x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+
+    def norm(self, x: Value, groups: int = 1) -> Value:
+        """RMSNorm over each of `groups` parts of the width, computed in fp32."""
+        setting, bytes = self.setting, x.bytes
+        x = self.cast(x, 4)
+        size = x.size
+        squares = self.block(size)
+        root = self.block(x.rows * groups * 4)
+        del squares
+
+        def run(given: list[Block], saved: object = (x.block, root)) -> Gradients:
+            through = self.block(size)
+            product = self.block(size)  # its sum over the width is the gradient of 1 / rms
+            given.clear()
+            del product
+            spread = self.block(size)  # the mean's, written out; below x^1, 2 x^1, and their product with it
+            temporaries = [self.block(size) for _ in range(3)]
+            del temporaries[:2], spread
+            return (self.block(size) if through else None,)
+
+        x = self.apply((x,), x.rows, x.width, 4, run)
+        x = self.cast(x, bytes)
+        saved, width, narrow = x.block if setting.full else None, x.width, x.size
+        out = max(bytes, setting.stored)
+        product = x.rows * width * out
+
+        def run_weight(_: list[Block], saved: object = saved) -> Gradients:
+            gradient = self.block(product)
+            if out != bytes:
+                gradient = self.block(narrow)
+            if setting.full:
+                summed = self.block(product)
+                del summed
+                self.keep(self.block(width / groups * setting.stored, "gradients"))
+            return (gradient,)
+
+        return self.apply((x,), x.rows, width, out, run_weight, trained=setting.full)
+
+    def rotated(self, x: Value) -> Value:
+        """Rotary embedding: x cos + rotate_half(x) sin."""
+        bytes = max(x.bytes, self.angle_bytes)
+        full, given = x.rows * x.width * bytes, x.size
+        cosine = self.block(full)
+        half = self.block(given / 2)
+        turned = self.block(given)
+        del half
+        sine = self.block(full)
+        del turned
+
+        def run(_: list[Block], saved: Block = self.angles) -> Gradients:
+            of_sine = self.block(given)
+            half = self.block(given / 2)
+            first, second = self.block(given), self.block(given)  # each half's gradient in a tensor of zeros
+            both = self.block(given)
+            del of_sine, half, first, second
+            of_cosine = self.block(given)
+            return (self.block(given) if both and of_cosine else None,)
+
+        out = self.apply((x,), x.rows, x.width, bytes, run)
+        del cosine, sine
+        return out
+
+    def attend(self, q: Value, k: Value, v: Value) -> Value:
+        """Fused attention, which keeps no scores."""
+        setting = self.setting
+        if setting.autocast:
+            q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
+        if setting.repeats_keys and self.shape.heads > self.shape.kv_heads:
+            k, v = (self.repeated(x, q.width) for x in (k, v))
+        out = self.block(q.size)
+        sums = self.block(q.rows * self.shape.heads * 4)
+        sizes = [value.size for value in (q, k, v)]
+
+        def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
+            return tuple(self.block(size) for size in sizes)
+
+        return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
+
+    def repeated(self, x: Value, width: float) -> Value:
+        size = x.size
+        return self.apply((x,), x.rows, width, x.bytes, lambda _: (self.block(size),))
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def attention(self, hidden_states: Value, layer: int) -> Value:
+        shape = self.shape
+        q_proj, k_proj, v_proj = shape.blocks[0]
+        query_states, key_states = self.linear(hidden_states, q_proj, layer), self.linear(hidden_states, k_proj, layer)
+        if shape.qk_norm:
+            query_states, key_states = self.norm(query_states, shape.heads), self.norm(key_states, shape.kv_heads)
+        value_states = self.linear(hidden_states, v_proj, layer)
+        query_states, key_states = self.rotated(query_states), self.rotated(key_states)
+        attn_output = self.attend(query_states, key_states, value_states)
+        return self.linear(attn_output, shape.blocks[1][0], layer)
+
+    def mlp(self, x: Value, layer: int) -> Value:
+        _, _, ups, (down,) = self.shape.blocks
+        if len(ups) == 2:
+            gate, up = ups
+            return self.linear(self.multiply(self.silu(self.linear(x, gate, layer)), self.linear(x, up, layer)), down, layer)
+        return self.linear(self.silu(self.linear(x, ups[0], layer)), down, layer)
+
+    def layer(self, hidden_states: Value, layer: int) -> Value:
+        residual = hidden_states
+        hidden_states = self.norm(hidden_states)
+        hidden_states = self.attention(hidden_states, layer)
+        hidden_states = self.add(residual, hidden_states)
+        residual = hidden_states
+        hidden_states = self.norm(hidden_states)
+        hidden_states = self.mlp(hidden_states, layer)
+        return self.add(residual, hidden_states)
+
+    def checkpoint(self, x: Value, layer: int) -> Value:
+        """A layer that keeps its input alone and is computed again in backward."""
+        if not x.node and not (self.setting.full or layer >= self.setting.first_layer):
+            return self.layer(x, layer)
+        kept = (x.block, x.rows, x.width, x.bytes, x.node is not None)
+        self.recording = False
+        out = self.layer(x, layer)
+        self.recording = True
+        size = out.size
+
+        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept) -> Gradients:
+            *tensor, wanted = kept
+            leaf = Node(0, (), _spent) if wanted else None
+            # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
+            scaled = self.block(size) if self.has_adapter(self.shape.linears[-1], layer) else None
+            self.again = True
+            again = self.layer(Value(*tensor, leaf), layer).node  # type: ignore[call-arg,arg-type]
+            self.again = self.stopped = False
+            del scaled
+            self.cast_weights.clear()
+            return (self.backward(again, given.pop(), leaf),)
+
+        return self.apply((x,), out.rows, out.width, out.bytes, run, block=out.block, trained=True)
+
+    def forward(self) -> Value:
+        """Embedding, layers, norm, and the loss at target positions."""
+        shape, setting = self.shape, self.setting
+        table = shape.vocab * shape.hidden * setting.stored
+
+        def embed(_: list[Block]) -> Gradients:
+            grown = self.block(table, "gradients")
+            if self.waiting and not setting.autocast:
+                grown = self.block(table, "gradients")  # the head's is a view: added up out of place
+            self.waiting = None
+            self.keep(grown)
+            return ()
+
+        inputs_embeds = self.apply((), self.tokens, shape.hidden, setting.stored, embed, trained=setting.full)
+        hidden_states = inputs_embeds
+        self.angle_bytes = setting.stored
+        self.angles = self.block(2 * self.tokens * shape.head_dim * self.angle_bytes)
+        every = setting.recomputed
+        for number in range(shape.layers):
+            step = self.checkpoint if every and number % every == 0 else self.layer
+            hidden_states = step(hidden_states, number)
+        hidden_states = self.norm(hidden_states)
+        return self.loss(hidden_states)
+
+    def loss(self, last_hidden_state: Value) -> Value:
+        """Cross-entropy in fp32 of the logits at targets: their logarithms are kept, and have a gradient of each kind in backward."""
+        shape, setting = self.shape, self.setting
+        size, rows = last_hidden_state.size, self.targets
+        hidden_states = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
+        logits = self.matmul(hidden_states, shape.vocab, setting.stored, setting.full, part="logits")
+        numbers = self.cast(logits, 4, "logits")
+        count = numbers.size
+        logarithms = self.block(count, "logits")
+
+        def run(_: list[Block], saved: Block = logarithms) -> Gradients:
+            return (self.block(count, "logits"),)
+
+        chosen = self.apply((numbers,), rows, shape.vocab, 4, run, block=logarithms)
+        del numbers, logarithms
+        return self.apply((chosen,), rows, 1, 4, lambda _: (self.block(count, "logits"),))
+
+
+def _spent(_: list[Block]) -> Gradients:
+    raise RuntimeError("backward passes here a second time")
