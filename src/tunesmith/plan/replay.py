@@ -28,11 +28,13 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 
 class Heap:
-    """Bytes alive by part, and the parts when their sum was highest."""
+    """Bytes alive by part, the parts when their sum was highest, and how many blocks of how many bytes there were in all."""
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(PARTS, 0.0)
-        self.total = self.peak = 0.0
+        self.total = self.peak = self.written = self.random = 0.0
+        """random: numbers drawn for dropout."""
+        self.blocks = 0
         self.at_peak = dict(self.live)
 
 
@@ -45,6 +47,8 @@ class Block:
         self.heap, self.size, self.part = heap, size, part
         heap.live[part] += size
         heap.total += size
+        heap.written += size
+        heap.blocks += 1
         if heap.total > heap.peak:
             heap.peak, heap.at_peak = heap.total, dict(heap.live)
 
@@ -251,6 +255,7 @@ class Step:
         if not self.setting.dropout:
             return x
         mask, size = self.block(x.rows * x.width * min(self.setting.mask, x.bytes)), x.size
+        self.heap.random += x.rows * x.width
         return self.apply((x,), x.rows, x.width, x.bytes, lambda _, mask=mask: (self.block(size),))  # type: ignore[misc]
 
     def scaled(self, x: Value) -> Value:
