@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
-from tunesmith.plan import describe, make_plan, shape_needs_files
+from tunesmith.plan import beside, describe, make_plan, shape_needs_files
 from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
 from tunesmith.world import World, this_world
 
@@ -53,6 +53,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         longest_tokens=dataset.longest_tokens, model_folder=base,
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
+    config = plan.config  # with engine.fit what the plan has chosen
     failing.append(folder)
     folder.say("\n".join([describe(plan), *loop.data_notes(config, plan, dataset)]))
 
@@ -71,6 +72,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
         sinks.summarise(after)
+    folder.say(beside(plan, metrics.read_metrics(folder.path / "metrics.jsonl")))
     folder.complete(plan.steps, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:
         report.write_report(folder.path)

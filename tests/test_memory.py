@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
 from bench.memory import Case, grid, measured, predicted
+from bench.published import Row, rows, table
 from tunesmith.config import Base, Compute
 from tunesmith.plan.memory import setting_of
 from tunesmith.plan.replay import Block, Heap, Setting, Step
@@ -96,3 +98,13 @@ def test_what_is_never_trained_keeps_nothing() -> None:
     upper = replace(setting, first_layer=2)
     assert replayed(case.shape, upper).peak < 0.65 * replayed(case.shape, setting).peak
     assert replayed(case.shape, replace(setting, recomputed=2)).peak > replayed(case.shape, replace(setting, recomputed=1)).peak
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.what)
+def test_published_peaks_are_met(row: Row) -> None:
+    assert row.predicted_gb == pytest.approx(row.gb, rel=0.15)
+
+
+def test_the_page_prints_what_is_computed() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text("utf-8")
+    assert table() in page

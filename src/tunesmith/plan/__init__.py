@@ -24,8 +24,8 @@ from tunesmith.plan.pace import checkpoint_gib, step_seconds
 from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
-    "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files",
-    "shape_of", "step_flops", "steps_per_epoch", "trained_weights",
+    "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
+    "run_id", "shape_needs_files", "shape_of", "step_flops", "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -157,10 +157,9 @@ def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) ->
     if not fitting:
         assert refusal
         raise refusal
-    best = min(fitting, key=lambda one: one.step_s or one.flops.executed)
-    others = [f"{one.method.partition(', ')[2]}: {one.step_s:.3g} s" for one in fitting if one is not best and one.step_s]
-    shortest = f", the next is {others[0]}" if others else ""
-    note = f"engine.fit chose {_engine_words(best.config)}: the fastest of {len(fitting)} that fit{shortest}"
+    best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
+    beaten = f", before {_engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
+    note = f"engine.fit: {_engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
     return replace(best, run_id=run_id(config), notes=[note, *best.notes])
 
 

@@ -6,11 +6,9 @@ States (weights, gradients, optimizer) are arithmetic; activations, logits and g
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
-from tunesmith.plan.replay import PARTS, Block, Heap, Setting, Step
+from tunesmith.plan.replay import Setting, replayed
 from tunesmith.plan.shapes import ModelShape
 
 GIB = 2**30
@@ -57,8 +55,12 @@ def memory_gib(
     buffers = _constant_buffers(shape, config, world_size, cpu)
     grown = accumulated or deepspeed
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
-    held = (states["weights"], states["gradients"] if grown else 0.0, states["optimizer"], buffers)
-    parts = dict(_replayed(shape, setting_of(shape, config, cpu=cpu, accumulates=grown), tokens, counted, held))
+    parts = dict(replayed(shape, setting_of(shape, config, cpu=cpu, accumulates=grown), tokens, counted).at_peak)
+    # These do not change while a micro-batch is computed, so the moment of the peak is the same with them.
+    parts["weights"] += states["weights"]
+    parts["gradients"] += states["gradients"] if grown else 0.0
+    parts["optimizer"] += states["optimizer"]
+    parts["buffers"] += buffers
     if cpu:
         parts["context"] = PROCESS_GIB * GIB
     else:
@@ -128,18 +130,6 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         repeats_keys=not flash,
         accumulates=accumulates,
     )
-
-
-@lru_cache(maxsize=4096)
-def _replayed(
-    shape: ModelShape, setting: Setting, tokens: int, targets: int, held: tuple[float, float, float, float]
-) -> tuple[tuple[str, float], ...]:
-    """Bytes of each part at the peak of a step that starts with `held`: weights, gradients, optimizer, buffers."""
-    heap = Heap()
-    kept = [Block(heap, size, part) for size, part in zip(held, ("weights", "gradients", "optimizer", "buffers"), strict=True)]
-    Step(heap, shape, setting, tokens, targets)
-    del kept
-    return tuple((part, heap.at_peak[part]) for part in PARTS)
 
 
 def _base_bytes(shape: ModelShape, config: Config) -> float:

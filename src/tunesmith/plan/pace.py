@@ -7,12 +7,11 @@ below is declared with what it rests on; `python -m bench.pace` holds the CPU's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.hardware import Card
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
-from tunesmith.plan.replay import Heap, Setting, Step
+from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import ModelShape
 
 READS = 2
@@ -81,17 +80,19 @@ def step_seconds(
     tokens: int,
     accumulation: int,
     trained: int,
+    targets: int | None = None,
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
     flops: executed by this rank in a step. tokens: of one of its `accumulation` micro-batches. card None: a CPU. trained: weights
-    that the optimizer updates.
+    that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of them).
     """
     speed, compute = speed_of(card, config.precision.compute), BYTES[config.precision.compute]
-    written, operators, random = _work(shape, setting_of(shape, config, cpu=card is None), tokens, round(tokens * TARGET_SHARE))
+    counted = round(tokens * TARGET_SHARE) if targets is None else targets
+    work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     matmul = flops / (peak_flops * speed.matmul_share)
-    memory = accumulation * ((1 + READS) * written / speed.bytes_per_s + random * speed.random_s)
-    host = accumulation * operators * speed.operator_s
+    memory = accumulation * ((1 + READS) * work.written / speed.bytes_per_s + work.random * speed.random_s)
+    host = accumulation * work.operators * speed.operator_s
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero
@@ -121,14 +122,6 @@ def _sent_bytes(shape: ModelShape, config: Config, world_size: int, accumulation
         return accumulation * (2 * shape.total_weights * compute * ring + gradients)
     reduced = accumulation if zero == 2 else 1
     return reduced * gradients + trained * compute * ring
-
-
-@lru_cache(maxsize=1024)
-def _work(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> tuple[float, int, float]:
-    """Bytes written, operators and random numbers of one micro-batch."""
-    heap = Heap()
-    Step(heap, shape, setting, tokens, targets)
-    return heap.written, heap.blocks, heap.random
 
 
 def checkpoint_gib(config: Config, trained: int) -> tuple[float, float]:
