@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config import Batching, Compute, Config, EngineKind, MethodKind
+from tunesmith.plan.checks import changed
 from tunesmith.plan.memory import GIB, memory_gib
 from tunesmith.plan.shapes import ModelShape
 
@@ -36,6 +37,22 @@ FAMILIES = {
 }
 BATCHES = ((64, 1, 0.5), (128, 4, 0.1), (512, 1, 0.9), (256, 2, 0.02), (96, 8, 0.3), (512, 2, 0.05), (192, 3, 0.6))
 """(tokens of a conversation, conversations, share of targets)."""
+PREFIX, PROMPT = ("method.kind", MethodKind.prefix), ("method.kind", MethodKind.prompt)
+MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (PREFIX,),
+    (PREFIX, ("method.virtual_tokens", 100)),
+    (PROMPT,),
+    (PROMPT, ("method.virtual_tokens", 100)),
+    (("method.dora", True),),
+    (("method.dora", True), ("method.targets", ("q_proj", "v_proj", "down_proj"))),
+    (("method.first_layer", 1), ("engine.checkpoint_every", 2)),
+    (("method.modules_to_save", ("embed_tokens", "lm_head")),),
+    (("method.modules_to_save", ("lm_head",)), ("engine.checkpoint_every", 3)),
+    (("method.modules_to_save", ("embed_tokens",)), ("method.first_layer", 1)),
+    (("optim.neftune_alpha", 5.0), ("optim.label_smoothing", 0.1)),
+)
+"""Settings beside those that every configuration has."""
+PRECISIONS = ((Compute.fp32, False), (Compute.bf16, False), (Compute.bf16, True))
 METHODS = (0, 4, 16, 64)
 """Ranks of adapters; 0: full."""
 
@@ -55,6 +72,8 @@ class Case:
     dropout: float = 0.0
     halves: bool = False
     """Computed as under DeepSpeed in bf16, all weights in halves, without an optimizer."""
+    more: tuple[tuple[str, Any], ...] = ()
+    """Other settings, by their paths."""
 
     @property
     def shape(self) -> ModelShape:
@@ -72,17 +91,22 @@ class Case:
         config.precision.compute, config.engine.kind = self.compute, EngineKind.deepspeed if self.halves else EngineKind.accelerate
         config.engine.zero = 0
         config.engine.checkpointing = self.checkpointing
-        return config
+        return changed(config, dict(self.more))
 
     def __str__(self) -> str:
         method = f"LoRA {self.rank}" if self.rank else "full"
         more = f"{', recomputed' * self.checkpointing}{', dropout' * bool(self.dropout)}{', 2 accumulated' * (self.accumulation > 1)}"
+        more += "".join(f", {path.partition('.')[2]}={said(value)}" for path, value in self.more)
         precision = f"{self.compute.value}{' weights' * self.halves}"
         return f"{self.family} {method}, {precision}, {self.rows} x {self.length} tokens, {self.targets} targets each{more}"
 
 
+def said(value: Any) -> str:
+    return "+".join(value) if isinstance(value, list | tuple) else str(getattr(value, "value", value)).lower()
+
+
 def grid() -> list[Case]:
-    """108 configurations: every family, method, precision and checkpointing with two batches each in turn, and all in halves."""
+    """Every family, method, precision and checkpointing with two batches each in turn, all in halves, and the kinds of MORE."""
     cases = []
     for turn in range(2):
         for family in FAMILIES:
@@ -96,6 +120,15 @@ def grid() -> list[Case]:
                         cases.append(Case(family, rank, compute, checkpointing, length, rows, share, accumulation, dropout))
     for number, (family, rank, checkpointing) in enumerate(product(FAMILIES, (0, 16), (False, True))):
         cases.append(Case(family, rank, Compute.bf16, checkpointing, *BATCHES[number % len(BATCHES)], accumulation=2, halves=True))
+    for number, (more, (compute, halves), checkpointing) in enumerate(product(MORE, PRECISIONS, (False, True))):
+        settings = dict(more)
+        family = list(FAMILIES)[(number // 2 + number // 6) % len(FAMILIES)]
+        rank = 0 if "method.kind" in settings else (4, 16)[number // 2 % 2]
+        dropout = 0.1 if rank and number % 3 == 0 else 0.0
+        if not checkpointing:
+            settings.pop("engine.checkpoint_every", None)
+        batch = BATCHES[(number + number // 6) % len(BATCHES)]
+        cases.append(Case(family, rank, compute, checkpointing, *batch, 1 + number // 3 % 2, dropout, halves, tuple(settings.items())))
     return cases
 
 

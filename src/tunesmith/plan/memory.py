@@ -92,8 +92,7 @@ def state_bytes(shape: ModelShape, config: Config, world_size: int) -> dict[str,
 
 def _constant_buffers(shape: ModelShape, config: Config, world_size: int, cpu: bool) -> float:
     """Bytes of what is held for communication all along."""
-    full, compute = config.method.kind is MethodKind.full, BYTES[config.precision.compute]
-    deepspeed = config.engine.kind is EngineKind.deepspeed
+    compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
     zero = config.engine.zero if deepspeed else 0
     trained = shape.trained_weights(config.method)
     trained_bytes = compute if deepspeed else 4
@@ -110,7 +109,8 @@ def _constant_buffers(shape: ModelShape, config: Config, world_size: int, cpu: b
 def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumulates: bool = True) -> Setting:
     """How config computes a step on a CPU or on its card, for the replay."""
     method, compute = config.method, BYTES[config.precision.compute]
-    full, deepspeed = method.kind is MethodKind.full, config.engine.kind is EngineKind.deepspeed
+    full, lora = method.kind is MethodKind.full, method.kind is MethodKind.lora
+    deepspeed = config.engine.kind is EngineKind.deepspeed
     in_fp32 = not deepspeed and (full or method.base is not Base.as_is)  # DeepSpeed's half modes turn everything into halves
     card = CARDS.get(config.hardware.card)
     flash = cpu or (compute == 2 and (card is None or card.capability[0] >= 8))
@@ -118,16 +118,25 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         compute=compute,
         stored=4 if in_fp32 else compute,
         linear=4 if in_fp32 and full else compute,
+        ends=compute if deepspeed else 4,
         adapter=compute if deepspeed else 4,
         full=full,
+        trained_ends=frozenset(shape.trained_ends(method)),
         autocast=not deepspeed and compute == 2,
         quantised="" if method.base is Base.as_is else method.base.value,
         rank=method.r,
-        adapted=frozenset() if full else frozenset(shape.adapted(method.targets)),
-        dropout=method.dropout > 0 and not full,
+        adapted=frozenset(shape.adapted(method.targets)) if lora else frozenset(),
+        first_layer=method.first_layer if lora else 0,
+        dora=method.dora and lora,
+        prefix=method.virtual_tokens if method.kind is MethodKind.prefix else 0,
+        prompt=method.virtual_tokens if method.kind is MethodKind.prompt else 0,
+        noise=config.optim.neftune_alpha > 0,
+        smoothed=config.optim.label_smoothing > 0,
+        dropout=method.dropout > 0 and lora,
         mask=4 if cpu else 1,
-        recomputed=1 if config.engine.checkpointing else 0,
+        recomputed=config.engine.checkpoint_every if config.engine.checkpointing else 0,
         repeats_keys=not flash,
+        masked=0 if cpu else config.data.max_tokens,
         accumulates=accumulates,
     )
 

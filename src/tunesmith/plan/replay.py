@@ -14,11 +14,14 @@ MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
     SwiGLU           3cf                gate, silu(gate), up
     linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each under autocast
                      or dropout, and then the mask; and cr for Ax, which B reads
+    DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
+    prefix, prompt   what attention keeps, and its keys and values of virtual tokens
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,11 +95,15 @@ class Setting:
     """Bytes of an activation."""
     stored: int
     """Bytes of a weight outside the linear layers: embedding, head and norms."""
+    ends: int
+    """Bytes of an embedding's or a head's weight that is trained."""
     linear: int
     """Bytes of a linear layer's weight as a matmul reads it."""
     adapter: int
     """Bytes of an adapter's weight."""
     full: bool = False
+    trained_ends: frozenset[str] = frozenset()
+    """Which of embed_tokens and lm_head are trained."""
     autocast: bool = False
     quantised: str = ""
     """nf4 or int8: a weight is dequantised whole for each matmul."""
@@ -104,13 +111,25 @@ class Setting:
     adapted: frozenset[Linear] = frozenset()
     first_layer: int = 0
     """Lowest layer with adapters."""
+    dora: bool = False
+    prefix: int = 0
+    """Virtual tokens whose keys and values are learned in each layer."""
+    prompt: int = 0
+    """Virtual tokens whose embeddings are learned."""
+    noise: bool = False
+    """NEFTune's, on the embeddings."""
+    smoothed: bool = False
+    """Labels are."""
     dropout: bool = False
     mask: int = 1
     """Bytes of an element of a dropout mask: 1 on a card, a whole number on a CPU."""
     recomputed: int = 0
-    """One of every so many layers is recomputed in backward; 0: none."""
+    """One of every so many layers, from the lowest trained one on, is recomputed in backward; 0: none."""
     repeats_keys: bool = False
     """Grouped keys and values are repeated for each query head before attention."""
+    masked: int = 0
+    """Where a kernel for keys that a whole micro-batch shares is missing, i.e. on a card, keys of virtual tokens are copied to each
+    conversation, and a mask has this many rows: tokens of the longest conversation. 0: on a CPU."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
@@ -120,7 +139,7 @@ class Step:
 
     def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
         self.heap, self.shape, self.setting = heap, shape, setting
-        self.tokens, self.targets = tokens, targets
+        self.tokens, self.targets = tokens + setting.prompt, targets
         self.recording = True
         self.again = self.stopped = False
         """A layer is computed again; and it has been as far as its last saved tensor, where that ends."""
@@ -129,9 +148,14 @@ class Step:
         self.gradients: list[Block] = []
         self.waiting: Block | None = None
         """A tied head's gradient, until the embedding's comes."""
+        self.learned: list[Block] = []
+        """Gradients of a prefix, layer by layer."""
         loss = self.forward()
         self.cast_weights.clear()
         self.backward(loss.node, self.block(4))
+        if setting.prefix:  # what the layers have sent is put together
+            self.keep(self.block(2 * setting.prefix * shape.layers * shape.kv_width * setting.adapter, "gradients"))
+            self.learned.clear()
 
     def block(self, size: float, part: str = "activations") -> Block:
         return Block(self.heap, 0.0 if self.stopped else size, part)
@@ -241,13 +265,78 @@ class Step:
         adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
         self.stopped = self.again and last and not adapted
         result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
-        if adapted:
+        if adapted and setting.dora:
+            result = self.cast(self.add(result, self.turned(self.cast(x, setting.adapter), result, linear)), result.bytes)
+        elif adapted:
             x = self.cast(x, setting.adapter)
             inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
             self.stopped = self.again and last
             result = self.cast(self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True))), result.bytes)
         del given
         return result
+
+    def turned(self, x: Value, result: Value, linear: Linear) -> Value:
+        """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""
+        setting = self.setting
+        name, inputs, outputs = linear
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if setting.dropout:
+            x = self.dropped(x)
+        # B A by way of B(A(I)), in a graph that nobody goes back through and that lives until this returns.
+        eye = self.block(inputs * inputs * setting.adapter, "buffers")
+        if bytes != setting.adapter:
+            eye = self.block(inputs * inputs * bytes, "buffers")
+        inner = self.block(inputs * setting.rank * bytes, "buffers")
+        product = self.block(inputs * outputs * bytes, "buffers")
+        graph = (eye, inner) if self.recording else ()
+        del eye, inner
+        if bytes != x.bytes:
+            product = self.block(inputs * outputs * x.bytes, "buffers")
+        weight: Block | None = None
+        if setting.quantised:
+            weight = self.block(inputs * outputs * setting.compute, "buffers")
+        if (setting.compute if setting.quantised else setting.linear) != x.bytes:
+            weight = self.block(inputs * outputs * x.bytes, "buffers")
+        scaled = self.block(inputs * outputs * x.bytes, "buffers")
+        summed = self.block(inputs * outputs * x.bytes, "buffers")
+        del scaled, summed
+        lora_result = self.matmul(self.matmul(x, setting.rank, setting.adapter, True), outputs, setting.adapter, True)
+        base_result = result
+        if setting.dropout:
+            base_result = self.again_through(x, outputs, weight)
+        elif self.has_bias(name):
+            base_result = self.apply((result,), result.rows, result.width, result.bytes, lambda given: (given[0],))
+        turned = self.stretched(base_result)
+        self.stopped = self.again and linear == self.shape.linears[-1]
+        turned = self.add(turned, self.scaled(self.stretched(lora_result)))
+        del graph, product
+        return turned
+
+    def again_through(self, x: Value, outputs: int, weight: Block | None) -> Value:
+        """x W^T with a frozen weight made for this matmul, which keeps it for backward; None: stored in that type."""
+        setting = self.setting
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if bytes != setting.adapter:
+            weight = self.block(x.width * outputs * bytes, "buffers")
+        x = self.cast(x, bytes)
+        saved, size = weight if x.node else None, x.size
+        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+
+    def has_bias(self, name: str) -> bool:
+        return self.shape.qkv_bias if name in ("q_proj", "k_proj", "v_proj") else self.shape.out_bias and name == "o_proj"
+
+    def stretched(self, x: Value) -> Value:
+        """x times a trained row of numbers."""
+        bytes, saved, wanted = max(x.bytes, self.setting.adapter), x.block, x.node is not None
+        full, size = x.rows * x.width * bytes, x.size
+
+        def run(_: list[Block], saved: Block = saved) -> Gradients:
+            product = self.block(full)  # summed over tokens, it is the row's gradient
+            del product
+            gradient = self.block(full) if wanted else None
+            return (self.block(size) if gradient and size != full else gradient,)
+
+        return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
 
     def has_adapter(self, linear: Linear, layer: int) -> bool:
         return layer >= self.setting.first_layer and linear in self.setting.adapted
@@ -345,6 +434,8 @@ class Step:
         setting = self.setting
         if setting.autocast:
             q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
+        if setting.prefix or setting.prompt:
+            return self.attend_to_virtual(q, k, v)
         if setting.repeats_keys and self.shape.heads > self.shape.kv_heads:
             k, v = (self.repeated(x, q.width) for x in (k, v))
         out = self.block(q.size)
@@ -355,6 +446,54 @@ class Step:
             return tuple(self.block(size) for size in sizes)
 
         return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
+
+    def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:
+        """Attention to keys that all conversations share and to one's own.
+
+        On a CPU each is a kernel call, and the two are merged (model/attention.py). Elsewhere each conversation gets a copy of the
+        shared keys, all heads their own, and there is a mask.
+        """
+        setting, shape = self.setting, self.shape
+        virtual = setting.prefix or setting.prompt
+        learned: tuple[Value, ...] = ()
+        if setting.prefix:
+            size = 2 * virtual * shape.kv_width
+
+            def run_learned(_: list[Block]) -> Gradients:
+                self.learned.append(self.block(size * setting.adapter))
+                return ()
+
+            node_block = self.block(size * k.bytes if k.bytes != setting.adapter else 0)
+            learned = (self.apply((), virtual, 2 * shape.kv_width, k.bytes, run_learned, block=node_block, trained=True),)
+        sums = self.block(q.rows * shape.heads * 4)
+        if setting.masked:
+            n = min(setting.masked, self.tokens)
+            rows = math.ceil((self.tokens - setting.prompt) / n) if n else 0
+            wide = (q.rows + rows * virtual) * q.width * k.bytes
+            kept: tuple[Block, ...] = (self.block(wide), self.block(wide), self.block(n * (virtual + n) * q.bytes, "buffers"))
+            out = self.block(q.size)
+        else:
+            kept = (self.block(virtual * shape.kv_width * k.bytes), self.block(virtual * shape.kv_width * v.bytes), k.block, v.block)
+            outer, own = self.block(q.size), self.block(q.size)
+            merged = [self.block(q.rows * q.width * 4) for _ in range(3)]
+            out = merged.pop() if q.bytes == 4 else self.block(q.size)
+            del outer, own, merged
+        sizes = [x.size if x.node else 0 for x in (q, k, v)]
+        wide = kept[0].size if setting.masked else 0
+
+        def run(_: list[Block], saved: object = (q.block, out, sums, *kept)) -> Gradients:
+            of_context = [self.block(wide) for _ in range(2)]  # of the copied keys, which are summed up for those that share them
+            of_outer = self.block(sizes[0])
+            gradients = [self.block(size) if size else None for size in sizes]
+            if not wide and gradients[0]:
+                gradients[0] = self.block(sizes[0])  # both kernels' added up
+            del of_context, of_outer
+            return (*gradients, *(self.block(0) for _ in learned))
+
+        merged_out = self.apply((q, k, v, *learned), q.rows, q.width, q.bytes, run, block=out)
+        if setting.prompt:  # the virtual tokens' own attention and the others' are put into one tensor
+            return self.apply((merged_out,), q.rows, q.width, q.bytes, lambda given: (given[0],))
+        return merged_out
 
     def repeated(self, x: Value, width: float) -> Value:
         size = x.size
@@ -392,8 +531,6 @@ class Step:
 
     def checkpoint(self, x: Value, layer: int) -> Value:
         """A layer that keeps its input alone and is computed again in backward."""
-        if not x.node and not (self.setting.full or layer >= self.setting.first_layer):
-            return self.layer(x, layer)
         kept = (x.block, x.rows, x.width, x.bytes, x.node is not None)
         self.recording = False
         out = self.layer(x, layer)
@@ -404,7 +541,8 @@ class Step:
             *tensor, wanted = kept
             leaf = Node(0, (), _spent) if wanted else None
             # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
-            scaled = self.block(size) if self.has_adapter(self.shape.linears[-1], layer) else None
+            adapted, widened = self.has_adapter(self.shape.linears[-1], layer), size / kept[3] * max(kept[3], self.setting.adapter)
+            scaled = [self.block(widened) for _ in range(1 + (widened > size))] if adapted and self.setting.dora else [self.block(size)] if adapted else []
             self.again = True
             again = self.layer(Value(*tensor, leaf), layer).node  # type: ignore[call-arg,arg-type]
             self.again = self.stopped = False
@@ -417,7 +555,23 @@ class Step:
     def forward(self) -> Value:
         """Embedding, layers, norm, and the loss at target positions."""
         shape, setting = self.shape, self.setting
-        table = shape.vocab * shape.hidden * setting.stored
+        inputs_embeds = self.embedded()
+        hidden_states = inputs_embeds
+        self.angle_bytes = inputs_embeds.bytes
+        self.angles = self.block(2 * self.tokens * shape.head_dim * self.angle_bytes)
+        every, lowest = setting.recomputed, 0 if inputs_embeds.node else setting.first_layer
+        for number in range(shape.layers):
+            step = self.checkpoint if every and number >= lowest and (number - lowest) % every == 0 else self.layer
+            hidden_states = step(hidden_states, number)
+        hidden_states = self.norm(hidden_states)
+        return self.loss(hidden_states)
+
+    def embedded(self) -> Value:
+        """Embeddings, with noise, and behind those of a prompt."""
+        shape, setting = self.shape, self.setting
+        trained = "embed_tokens" in setting.trained_ends
+        bytes = setting.ends if trained else setting.stored
+        table = shape.vocab * shape.hidden * bytes
 
         def embed(_: list[Block]) -> Gradients:
             grown = self.block(table, "gradients")
@@ -427,23 +581,37 @@ class Step:
             self.keep(grown)
             return ()
 
-        inputs_embeds = self.apply((), self.tokens, shape.hidden, setting.stored, embed, trained=setting.full)
-        hidden_states = inputs_embeds
-        self.angle_bytes = setting.stored
-        self.angles = self.block(2 * self.tokens * shape.head_dim * self.angle_bytes)
-        every = setting.recomputed
-        for number in range(shape.layers):
-            step = self.checkpoint if every and number % every == 0 else self.layer
-            hidden_states = step(hidden_states, number)
-        hidden_states = self.norm(hidden_states)
-        return self.loss(hidden_states)
+        embedded = self.apply((), self.tokens - setting.prompt, shape.hidden, bytes, embed, trained=trained)
+        if setting.noise:
+            wide = embedded.rows * shape.hidden * 4
+            uniform = self.block(wide)
+            noise = self.block(wide)
+            del uniform
+            if bytes != 4:
+                narrow = self.block(embedded.size)
+                del noise
+                noise = narrow
+                del narrow
+            embedded = self.apply((embedded,), embedded.rows, shape.hidden, bytes, lambda given: (given[0],))
+            del noise
+        if setting.prompt:
+            learned = setting.prompt * shape.hidden * setting.adapter
+
+            def encode(_: list[Block]) -> Gradients:
+                self.keep(self.block(learned, "gradients"))
+                return ()
+
+            prompt = self.cast(self.apply((), setting.prompt, shape.hidden, setting.adapter, encode, trained=True), bytes)
+            embedded = self.apply((prompt, embedded), self.tokens, shape.hidden, bytes, lambda given: (given[0], given[0]))
+        return embedded
 
     def loss(self, last_hidden_state: Value) -> Value:
         """Cross-entropy in fp32 of the logits at targets: their logarithms are kept, and have a gradient of each kind in backward."""
         shape, setting = self.shape, self.setting
         size, rows = last_hidden_state.size, self.targets
         hidden_states = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
-        logits = self.matmul(hidden_states, shape.vocab, setting.stored, setting.full, part="logits")
+        trained = "lm_head" in setting.trained_ends
+        logits = self.matmul(hidden_states, shape.vocab, setting.ends if trained else setting.stored, trained, part="logits")
         numbers = self.cast(logits, 4, "logits")
         count = numbers.size
         logarithms = self.block(count, "logits")
