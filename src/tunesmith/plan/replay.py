@@ -116,10 +116,6 @@ class Setting:
     """Virtual tokens whose keys and values are learned in each layer."""
     prompt: int = 0
     """Virtual tokens whose embeddings are learned."""
-    noise: bool = False
-    """NEFTune's, on the embeddings."""
-    smoothed: bool = False
-    """Labels are."""
     dropout: bool = False
     mask: int = 1
     """Bytes of an element of a dropout mask: 1 on a card, a whole number on a CPU."""
@@ -265,17 +261,18 @@ class Step:
         adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
         self.stopped = self.again and last and not adapted
         result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
-        if adapted and setting.dora:
-            result = self.cast(self.add(result, self.turned(self.cast(x, setting.adapter), result, linear)), result.bytes)
-        elif adapted:
+        if adapted:
             x = self.cast(x, setting.adapter)
+        if adapted and setting.dora:
+            result = self.cast(self.add(result, self.directed(x, result, linear)), result.bytes)
+        elif adapted:
             inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
             self.stopped = self.again and last
             result = self.cast(self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True))), result.bytes)
         del given
         return result
 
-    def turned(self, x: Value, result: Value, linear: Linear) -> Value:
+    def directed(self, x: Value, result: Value, linear: Linear) -> Value:
         """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""
         setting = self.setting
         name, inputs, outputs = linear
@@ -303,16 +300,16 @@ class Step:
         lora_result = self.matmul(self.matmul(x, setting.rank, setting.adapter, True), outputs, setting.adapter, True)
         base_result = result
         if setting.dropout:
-            base_result = self.again_through(x, outputs, weight)
+            base_result = self.through_made(x, outputs, weight)
         elif self.has_bias(name):
             base_result = self.apply((result,), result.rows, result.width, result.bytes, lambda given: (given[0],))
-        turned = self.stretched(base_result)
+        stretched = self.stretched(base_result)
         self.stopped = self.again and linear == self.shape.linears[-1]
-        turned = self.add(turned, self.scaled(self.stretched(lora_result)))
+        out = self.add(stretched, self.scaled(self.stretched(lora_result)))
         del graph, product
-        return turned
+        return out
 
-    def again_through(self, x: Value, outputs: int, weight: Block | None) -> Value:
+    def through_made(self, x: Value, outputs: int, weight: Block | None) -> Value:
         """x W^T with a frozen weight made for this matmul, which keeps it for backward; None: stored in that type."""
         setting = self.setting
         bytes = setting.compute if setting.autocast else setting.adapter
@@ -332,8 +329,8 @@ class Step:
 
         def run(_: list[Block], saved: Block = saved) -> Gradients:
             product = self.block(full)  # summed over tokens, it is the row's gradient
-            del product
             gradient = self.block(full) if wanted else None
+            del product
             return (self.block(size) if gradient and size != full else gradient,)
 
         return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
@@ -535,14 +532,16 @@ class Step:
         self.recording = False
         out = self.layer(x, layer)
         self.recording = True
-        size = out.size
+        size, out_width, bytes = out.size, out.rows * out.width, out.bytes
 
         def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept) -> Gradients:
             *tensor, wanted = kept
             leaf = Node(0, (), _spent) if wanted else None
             # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
-            adapted, widened = self.has_adapter(self.shape.linears[-1], layer), size / kept[3] * max(kept[3], self.setting.adapter)
-            scaled = [self.block(widened) for _ in range(1 + (widened > size))] if adapted and self.setting.dora else [self.block(size)] if adapted else []
+            scaled = []
+            if self.has_adapter(self.shape.linears[-1], layer):
+                wide = out_width * max(bytes, self.setting.adapter) if self.setting.dora else size
+                scaled = [self.block(wide) for _ in range(1 + (wide > size))]  # DoRA's is a cast's, and that scaled
             self.again = True
             again = self.layer(Value(*tensor, leaf), layer).node  # type: ignore[call-arg,arg-type]
             self.again = self.stopped = False
@@ -567,7 +566,7 @@ class Step:
         return self.loss(hidden_states)
 
     def embedded(self) -> Value:
-        """Embeddings, with noise, and behind those of a prompt."""
+        """Embeddings, behind those of a prompt. (NEFTune's noise is gone before anything large is there.)"""
         shape, setting = self.shape, self.setting
         trained = "embed_tokens" in setting.trained_ends
         bytes = setting.ends if trained else setting.stored
@@ -582,18 +581,6 @@ class Step:
             return ()
 
         embedded = self.apply((), self.tokens - setting.prompt, shape.hidden, bytes, embed, trained=trained)
-        if setting.noise:
-            wide = embedded.rows * shape.hidden * 4
-            uniform = self.block(wide)
-            noise = self.block(wide)
-            del uniform
-            if bytes != 4:
-                narrow = self.block(embedded.size)
-                del noise
-                noise = narrow
-                del narrow
-            embedded = self.apply((embedded,), embedded.rows, shape.hidden, bytes, lambda given: (given[0],))
-            del noise
         if setting.prompt:
             learned = setting.prompt * shape.hidden * setting.adapter
 
