@@ -261,6 +261,8 @@ class Step:
         adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
         self.stopped = self.again and last and not adapted
         result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        if setting.quantised:
+            result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
         if adapted:
             x = self.cast(x, setting.adapter)
         if adapted and setting.dora:
@@ -429,10 +431,10 @@ class Step:
     def attend(self, q: Value, k: Value, v: Value) -> Value:
         """Fused attention, which keeps no scores."""
         setting = self.setting
-        if setting.autocast:
-            q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
         if setting.prefix or setting.prompt:
             return self.attend_to_virtual(q, k, v)
+        if setting.autocast:
+            q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
         if setting.repeats_keys and self.shape.heads > self.shape.kv_heads:
             k, v = (self.repeated(x, q.width) for x in (k, v))
         out = self.block(q.size)
