@@ -144,6 +144,8 @@ class Step:
         self.gradients: list[Block] = []
         self.waiting: Block | None = None
         """A tied head's gradient, until the embedding's comes."""
+        self.pinned: list[Block] = []
+        """What a checkpointed layer keeps all the same: bitsandbytes holds the inputs of int8 layers where no checkpoint sees them."""
         self.learned: list[Block] = []
         """Gradients of a prefix, layer by layer."""
         loss = self.forward()
@@ -224,7 +226,7 @@ class Step:
         """x W^T with a weight of `stored` bytes a number."""
         setting = self.setting
         inputs = int(x.width)
-        bytes = setting.compute if setting.autocast else stored
+        bytes = x.bytes if quantised == "int8" else setting.compute if setting.autocast else stored
         x = self.cast(x, bytes)
         weight: Block | None = None
         if quantised:
@@ -236,7 +238,9 @@ class Step:
             if trained:
                 self.cast_weights.append(weight)  # autocast keeps those until the forward is over
         wanted = x.node is not None
-        saved = (x.block if trained else None, weight if wanted and not quantised else None)
+        saved = (x.block if trained or (wanted and quantised == "int8") else None, weight if wanted and not quantised else None)
+        if quantised == "int8" and not self.recording:
+            self.pinned.append(x.block)
         size = x.size
 
         def run(_: list[Block], saved: object = saved) -> Gradients:
@@ -534,9 +538,10 @@ class Step:
         self.recording = False
         out = self.layer(x, layer)
         self.recording = True
+        pinned, self.pinned = self.pinned, []
         size, out_width, bytes = out.size, out.rows * out.width, out.bytes
 
-        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept) -> Gradients:
+        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept, pinned: object = pinned) -> Gradients:
             *tensor, wanted = kept
             leaf = Node(0, (), _spent) if wanted else None
             # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
@@ -551,6 +556,7 @@ class Step:
             self.cast_weights.clear()
             return (self.backward(again, given.pop(), leaf),)
 
+        del pinned
         return self.apply((x,), out.rows, out.width, out.bytes, run, block=out.block, trained=True)
 
     def forward(self) -> Value:
