@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen2": ModelShape("qwen2", 3, 192, 6, 2, 32, 512, 2000, 1024, tied=True, qkv_bias=True),
     "qwen3": ModelShape("qwen3", 2, 128, 4, 2, 64, 384, 4000, 1024, tied=True, qk_norm=True),
 }
+GLM = ModelShape("glm", 3, 128, 4, 2, 32, 352, 3000, 1024, qkv_bias=True, fused=True)
 BATCHES = ((64, 1, 0.5), (128, 4, 0.1), (512, 1, 0.9), (256, 2, 0.02), (96, 8, 0.3), (512, 2, 0.05), (192, 3, 0.6))
 """(tokens of a conversation, conversations, share of targets)."""
 PREFIX, PROMPT = ("method.kind", MethodKind.prefix), ("method.kind", MethodKind.prompt)
@@ -77,7 +78,7 @@ class Case:
 
     @property
     def shape(self) -> ModelShape:
-        return FAMILIES[self.family]
+        return GLM if self.family == "glm" else FAMILIES[self.family]
 
     @property
     def targets(self) -> int:
@@ -129,6 +130,10 @@ def grid() -> list[Case]:
             settings.pop("engine.checkpoint_every", None)
         batch = BATCHES[(number + number // 6) % len(BATCHES)]
         cases.append(Case(family, rank, compute, checkpointing, *batch, 1 + number // 3 % 2, dropout, halves, tuple(settings.items())))
+    kinds: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ((0, ()), (16, ()), (0, (PREFIX,)))
+    for number, ((rank, more), (compute, halves), checkpointing) in enumerate(product(kinds, PRECISIONS, (False, True))):
+        accumulation = 2 if halves else 1 + number % 2
+        cases.append(Case("glm", rank, compute, checkpointing, *BATCHES[number % len(BATCHES)], accumulation, 0.0, halves, more))
     return cases
 
 
@@ -188,7 +193,16 @@ def entries(ledger: Any) -> Iterator[tuple[int, int]]:
 
 def model_in(folder: Path, shape: ModelShape) -> Path:
     """A folder with a model of this shape and random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        GlmConfig,
+        GlmForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )  # fmt: skip
 
     place = folder / shape.name
     if not place.is_dir():
@@ -197,8 +211,10 @@ def model_in(folder: Path, shape: ModelShape) -> Path:
             num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, max_position_embeddings=shape.max_positions,
             tie_word_embeddings=shape.tied,
         )  # fmt: skip
-        if shape.qk_norm:
-            model: Any = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim))
+        if shape.fused:
+            model: Any = GlmForCausalLM(GlmConfig(**sizes, head_dim=shape.head_dim, attention_bias=True, pad_token_id=0))
+        elif shape.qk_norm:
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim))
         elif shape.qkv_bias:
             model = Qwen2ForCausalLM(Qwen2Config(**sizes))
         else:

@@ -108,6 +108,12 @@ class Plan:
         return self.expected_tokens / self.step_s if self.time else 0.0
 
     @property
+    def predicted(self) -> dict[str, float]:
+        """What a run logs beside what it measures, by metric names; a time that is unknown is left out."""
+        found = {"plan/peak_gib": self.memory_gib}
+        return found | {"plan/step_s": self.step_s, "plan/tokens_per_s": self.tokens_per_s} if self.time else found
+
+    @property
     def hours(self) -> float:
         """Predicted hours of training, without evaluation and saving; 0.0 if unknown."""
         return self.steps * self.step_s / 3600

@@ -367,6 +367,13 @@ class Step:
 
         return self.apply((x, y), x.rows, x.width, x.bytes, run)
 
+    def chunked(self, x: Value) -> tuple[Value, Value]:
+        """Both halves of the width, without a copy; in backward their gradients are put side by side."""
+        size, half = x.size, x.width / 2
+        whole = self.apply((x,), x.rows, x.width, x.bytes, lambda given: (self.block(size),), block=x.block)
+        first, second = (Value(x.block, x.rows, half, x.bytes, whole.node) for _ in range(2))
+        return first, second
+
     def silu(self, x: Value) -> Value:
         saved, size = x.block, x.size
         return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
@@ -513,6 +520,8 @@ class Step:
         value_states = self.linear(hidden_states, v_proj, layer)
         query_states, key_states = self.rotated(query_states), self.rotated(key_states)
         attn_output = self.attend(query_states, key_states, value_states)
+        if shape.fused:  # half of each head is rotated and the head put together again, heads first
+            attn_output = self.repeated(attn_output, attn_output.width)
         return self.linear(attn_output, shape.blocks[1][0], layer)
 
     def mlp(self, x: Value, layer: int) -> Value:
@@ -520,7 +529,11 @@ class Step:
         if len(ups) == 2:
             gate, up = ups
             return self.linear(self.multiply(self.silu(self.linear(x, gate, layer)), self.linear(x, up, layer)), down, layer)
-        return self.linear(self.silu(self.linear(x, ups[0], layer)), down, layer)
+        up_states = self.linear(x, ups[0], layer)
+        if self.shape.fused:
+            gate, up = self.chunked(up_states)
+            return self.linear(self.multiply(up, self.silu(gate)), down, layer)
+        return self.linear(self.silu(up_states), down, layer)
 
     def layer(self, hidden_states: Value, layer: int) -> Value:
         residual = hidden_states
