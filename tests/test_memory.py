@@ -17,8 +17,9 @@ from bench.memory import MORE, PREFIX, PROMPT, Case, grid, measured, predicted
 from bench.published import Row, rows, table
 from tunesmith.config import Base, Compute
 from tunesmith.plan.memory import setting_of
-from tunesmith.plan.replay import Block, Heap, Setting, Step
+from tunesmith.plan.replay import Setting, Step
 from tunesmith.plan.shapes import KNOWN, ModelShape
+from tunesmith.plan.tape import Block, Heap
 
 CASES = [case for number, case in enumerate(grid()) if number % 4 == (number // 24) % 4 or (case.more and number % 2)]
 

@@ -20,71 +20,12 @@ MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.shapes import Linear, ModelShape
-
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "context")
-
-
-class Heap:
-    """Bytes alive by part, the parts when their sum was highest, and how many blocks of how many bytes there were in all."""
-
-    def __init__(self) -> None:
-        self.live = dict.fromkeys(PARTS, 0.0)
-        self.total = self.peak = self.written = self.random = 0.0
-        """random: numbers drawn for dropout."""
-        self.blocks = 0
-        self.at_peak = dict(self.live)
-
-
-class Block:
-    """Memory that is alive as long as this object is."""
-
-    __slots__ = ("heap", "part", "size")
-
-    def __init__(self, heap: Heap, size: float, part: str) -> None:
-        self.heap, self.size, self.part = heap, size, part
-        heap.live[part] += size
-        heap.total += size
-        heap.written += size
-        heap.blocks += 1
-        if heap.total > heap.peak:
-            heap.peak, heap.at_peak = heap.total, dict(heap.live)
-
-    def __del__(self) -> None:
-        self.heap.live[self.part] -= self.size
-        self.heap.total -= self.size
-
-
-Gradients = tuple["Block | None", ...]
-
-
-class Node:
-    """An operator in autograd's graph: `run` turns its output's gradient (in a list, which it may empty) into its inputs'."""
-
-    __slots__ = ("gradient", "number", "parents", "run")
-
-    def __init__(self, number: int, parents: tuple[Node | None, ...], run: Callable[[list[Block]], Gradients]) -> None:
-        self.number, self.parents, self.run = number, parents, run
-        self.gradient: Block | None = None
-
-
-class Value:
-    """A tensor [rows, width] of elements of some bytes; node None: wants no gradient."""
-
-    __slots__ = ("block", "bytes", "node", "rows", "width")
-
-    def __init__(self, block: Block, rows: float, width: float, bytes: int, node: Node | None) -> None:
-        self.block, self.rows, self.width, self.bytes, self.node = block, rows, width, bytes, node
-
-    @property
-    def size(self) -> float:
-        return self.rows * self.width * self.bytes
+from tunesmith.plan.tape import Block, Gradients, Heap, Node, Tape, Value, spent
 
 
 @dataclass(frozen=True)
@@ -130,16 +71,15 @@ class Setting:
     """All gradients exist before this backward, which adds to them."""
 
 
-class Step:
+class Step(Tape):
     """Forward and backward of one micro-batch of `tokens` tokens, of which `targets` have logits."""
 
     def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
-        self.heap, self.shape, self.setting = heap, shape, setting
+        super().__init__(heap)
+        self.shape, self.setting = shape, setting
         self.tokens, self.targets = tokens + setting.prompt, targets
-        self.recording = True
-        self.again = self.stopped = False
-        """A layer is computed again; and it has been as far as its last saved tensor, where that ends."""
-        self.count = 0
+        self.again = False
+        """A layer is computed again."""
         self.cast_weights: list[Block] = []
         self.gradients: list[Block] = []
         self.waiting: Block | None = None
@@ -154,60 +94,6 @@ class Step:
         if setting.prefix:  # what the layers have sent is put together
             self.keep(self.block(2 * setting.prefix * shape.layers * shape.kv_width * setting.adapter, "gradients"))
             self.learned.clear()
-
-    def block(self, size: float, part: str = "activations") -> Block:
-        return Block(self.heap, 0.0 if self.stopped else size, part)
-
-    # --- autograd --------------------------------------------------------------------------------------------------
-
-    def apply(
-        self, inputs: tuple[Value, ...], rows: float, width: float, bytes: int, run: Callable[[list[Block]], Gradients],
-        *, block: Block | None = None, trained: bool = False, part: str = "activations",
-    ) -> Value:  # fmt: skip
-        """The output of an operator, with a node where an input or a weight of its own wants a gradient."""
-        node = None
-        if self.recording and (trained or any(value.node for value in inputs)):
-            self.count += 1
-            node = Node(self.count, tuple(value.node for value in inputs), run)
-        return Value(block or self.block(rows * width * bytes, part), rows, width, bytes, node)
-
-    def backward(self, root: Node | None, gradient: Block, leaf: Node | None = None) -> Block | None:
-        """Run the graph above a node, newest operators first, as autograd does; the gradient of `leaf` where one is asked for."""
-        assert root
-        waiting: dict[Node, int] = {}
-        pending, seen = [root], {root}
-        while pending:
-            for parent in pending.pop().parents:
-                if parent:
-                    waiting[parent] = waiting.get(parent, 0) + 1
-                    if parent not in seen:
-                        seen.add(parent)
-                        pending.append(parent)
-        seen.clear()
-        root.gradient = gradient
-        del gradient
-        ready = [(-root.number, root)]
-        while ready:
-            _, node = heapq.heappop(ready)
-            if node is leaf:
-                break
-            given = [node.gradient] if node.gradient else []
-            node.gradient = None
-            gradients = list(node.run(given))
-            del given
-            node.run = _spent  # what was saved is released
-            for parent in node.parents:
-                grown = gradients.pop(0)
-                if parent is None:
-                    continue
-                waiting[parent] -= 1
-                if parent.gradient and grown:
-                    grown = self.block(grown.size)  # added up out of place
-                parent.gradient = grown or parent.gradient
-                del grown
-                if not waiting[parent]:
-                    heapq.heappush(ready, (-parent.number, parent))
-        return leaf.gradient if leaf else None
 
     def keep(self, gradient: Block) -> None:
         """A weight's gradient is there: kept, or added to what was there before."""
@@ -531,8 +417,8 @@ class Step:
             return self.linear(self.multiply(self.silu(self.linear(x, gate, layer)), self.linear(x, up, layer)), down, layer)
         up_states = self.linear(x, ups[0], layer)
         if self.shape.fused:
-            gate, up = self.chunked(up_states)
-            return self.linear(self.multiply(up, self.silu(gate)), down, layer)
+            first, second = self.chunked(up_states)
+            return self.linear(self.multiply(second, self.silu(first)), down, layer)
         return self.linear(self.silu(up_states), down, layer)
 
     def layer(self, hidden_states: Value, layer: int) -> Value:
@@ -556,7 +442,7 @@ class Step:
 
         def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept, pinned: object = pinned) -> Gradients:
             *tensor, wanted = kept
-            leaf = Node(0, (), _spent) if wanted else None
+            leaf = Node(0, (), spent) if wanted else None
             # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
             scaled = []
             if self.has_adapter(self.shape.linears[-1], layer):
@@ -630,10 +516,6 @@ class Step:
         chosen = self.apply((numbers,), rows, shape.vocab, 4, run, block=logarithms)
         del numbers, logarithms
         return self.apply((chosen,), rows, 1, 4, lambda _: (self.block(count, "logits"),))
-
-
-def _spent(_: list[Block]) -> Gradients:
-    raise RuntimeError("backward passes here a second time")
 
 
 @dataclass(frozen=True)
