@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
-from tunesmith.plan import describe, make_plan, shape_needs_files
+from tunesmith.plan import beside, describe, make_plan, shape_needs_files
 from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
 from tunesmith.world import World, this_world
 
@@ -53,6 +53,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
+    config = plan.config  # with engine.fit what the plan has chosen
     failing.append(folder)
     known = [*doctor.explain(config, machine), *loop.data_notes(config, plan, dataset), *folder.restarts.lines()]
     folder.say("\n".join([describe(plan), *known]))
@@ -75,6 +76,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
         sinks.summarise({**after, "run/ended": ended})
+    folder.say(beside(plan, metrics.read_metrics(folder.path / "metrics.jsonl")))
     folder.complete(steps, ended, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:
         report.write_report(folder.path)

@@ -1,9 +1,12 @@
-"""The `tunesmith data` commands, as one types them."""
+"""The `tunesmith data` and `tunesmith plan` commands, as one types them."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from tests.conftest import launch, tiny_conversations
 from tunesmith import cli
 from tunesmith.config import Prepare, Refusal
+from tunesmith.hardware import FAKE_MACHINE
 
 
 @pytest.fixture
@@ -33,6 +37,49 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise refusal
 
     monkeypatch.setattr(cli, "refuse", refuse)
+
+
+def test_plan_prints_what_a_run_takes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAKE_MACHINE, json.dumps({"kind": "cpu", "cores": 8, "ram_gib": 64}))
+    cli.main(["plan", "+exp=qlora_t4"])
+    said = capsys.readouterr().out
+    assert said.startswith("note     planned for 1 x t4, which is not here\n")
+    assert re.search(r"^memory +[\d.]+ of 14\.6 GiB a rank", said, re.M)
+    assert re.search(r"^time +[\d.]+ s a step", said, re.M)
+    cli.main(["plan", "+exp=lora_a10", "--ranks", "4"])
+    assert "on       4 x a10\n" in capsys.readouterr().out
+    cli.main(["plan", "--fit", "+exp=qlora_t4"])
+    assert capsys.readouterr().out.startswith("What fits on 1 x Tesla T4: qwen2.5-7b in fp16")
+
+
+def test_a_plan_that_does_not_fit_is_one_line_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAKE_MACHINE, json.dumps({"kind": "cpu", "cores": 8, "ram_gib": 64}))
+    with pytest.raises(Refusal) as refused:
+        cli.main(["plan", "+exp=lora_t4", "model=qwen2_5_7b", "data.max_tokens=2048"])
+    (line,) = str(refused.value).splitlines()
+    fact, _, advice = line.partition(" — type ")
+    assert re.fullmatch(r"data\.max_tokens=2048: qwen2.5-7b with 1 x 2048 tokens needs [\d.]+ GiB a rank, and the card is 14\.6 GiB", fact)
+    assert advice.count(" GiB)") == 3
+    with pytest.raises(Refusal, match=r"^--ranks -1: "):
+        cli.main(["plan", "+exp=lora_cpu", "--ranks=-1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["+exp=qlora_t4"], 0), (["+exp=qlora_t4", "--fit"], 0), (["+exp=full_t4", "model=qwen2_5_7b"], 2)]
+)
+def test_a_plan_takes_less_than_two_seconds_and_no_torch(words: list[str], code: int) -> None:
+    program = (
+        "import sys\nfrom tunesmith import cli, run\n"
+        "run.os._exit = lambda code: (print('torch' in sys.modules), sys.stdout.flush(), sys.exit(code))\n"
+        f"cli.main({['plan', *words]!r})\nprint('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert time.perf_counter() - start < 2
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == (code == 2)
 
 
 def test_files_take_the_place_of_what_the_experiment_reads() -> None:

@@ -157,6 +157,10 @@ def check(command: Command, monkeypatch: pytest.MonkeyPatch, folder: Path) -> No
         cli_program.main(words[1:])
         config = cli_program.data_config(asked[0].words)
         assert config.data.train == ",".join(word for word in asked[0].words if "=" not in word) or "+exp" in str(words)
+    elif words[:2] == ["tunesmith", "plan"]:
+        with redirect_stdout(io.StringIO()) as said:
+            cli_program.main(words[1:])
+        assert "GiB a rank" in said.getvalue()
     elif words[:2] == ["tunesmith", "doctor"]:
         assert compose([word for word in words[2:] if not word.startswith("--")]).name
     elif words[0] == "tunesmith":

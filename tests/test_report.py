@@ -30,6 +30,7 @@ def metrics(steps: int) -> list[dict[str, Any]]:
             | {"speed/conversations_per_s": 16 / step_s, "speed/tflops_per_device": 0.351, "speed/mfu": 0.412}
             | {"speed/hfu": 0.437, "time/step_s": step_s, "memory/peak_gib": 2.71 + 0.001 * (step == 7), **phases}
             | {"data/computed_tokens": tokens, "data/target_tokens": target, "data/padding_tokens": tokens // 50}
+            | {"plan/step_s": 2.5, "plan/tokens_per_s": 2400.0, "plan/peak_gib": 2.582}
             | ({"dev/loss": loss + 0.05, "dev/perplexity": math.exp(loss + 0.05)} if step % 20 == 0 else {})
         )
     return rows
@@ -100,6 +101,7 @@ def test_the_page_has_the_numbers(tmp_path: Path) -> None:
     assert "test/loss 3.03 0.352 −2.68 better" in text
     assert "0.0150 0.910 +0.895" in text
     assert "total, planned 2.582 GiB peak, measured 2.711 GiB" in text
+    assert re.search(r"Predicted and measured predicted measured a step, s 2\.50 [\d.]+ tokens/s 2,400 [\d,]+ peak memory, GiB 2\.58 2\.71", text)
     assert "python train.py +exp=smart_home_cpu train.steps=120" in text
     assert f"tunesmith chat {run}" in text
     assert "trainable_parameters 4,884,480" in text

@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     doctor.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, e.g. +exp=lora_a10")
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.add_argument("--matrix", action="store_true", help="what is legal on which card")
+    plan = commands.add_parser("plan", help="what a run would take before it is started: memory, time, cost; or what fits on a card")
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, e.g. +exp=qlora_t4")
+    plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks (hardware.count, or a rank for each card that is here)")
+    plan.add_argument("--fit", action="store_true", help="what fits: methods and ZeRO stages down, lengths across")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     chat.add_argument("--once", metavar="TEXT", help="answer this one text and leave")
@@ -66,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(matrix_table())
                 return
             sys.exit(examine(asked.words, asked.json))
+        if asked.command == "plan":
+            print(planned(asked))
+            return
         if not (asked.run / "config.yaml").is_file():
             raise Refusal(f"{asked.run}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
         prepare_environment(on_cpu=this_machine().kind == "cpu")
@@ -92,6 +99,21 @@ def finished(run: Path) -> Path:
     if not folder.result.is_dir():
         raise Refusal(f"{run}: no adapter and no model in it — is the run complete? (status: {folder.status().get('state', 'none')})")
     return folder.result
+
+
+def planned(asked: argparse.Namespace) -> str:
+    """The plan of a run, or what fits; raises Refusal where it cannot go as asked."""
+    from tunesmith.plan import shape_needs_files
+    from tunesmith.plan.table import plan_text
+
+    if asked.ranks < 0:
+        raise Refusal(f"--ranks {asked.ranks}: a run has at least one — type --ranks 1")
+    config, folder = compose(asked.words), None
+    if shape_needs_files(config.model.path, config.model.known_as):
+        from tunesmith.model.source import model_folder
+
+        folder = model_folder(config.model)
+    return plan_text(config, this_machine(), ranks=asked.ranks, table=asked.fit, model_folder=folder)
 
 
 def data_config(words: Sequence[str]) -> Config:

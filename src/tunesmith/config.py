@@ -176,6 +176,8 @@ class Engine:
     """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
     checkpoint_every: int = 1
     """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
+    fit: bool = False
+    """Let the plan choose zero, offload and checkpointing: the fastest that fits, which it then names. What is set of them is ignored."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 
@@ -337,6 +339,8 @@ class Hardware:
     """Peak for MFU: table (the card's datasheet; measured on a CPU), measure (a matmul at start, cached), or a number of FLOPS."""
     threads: int = 0
     """CPU threads a rank; 0: the cores divided by the local ranks."""
+    price_per_h: float = 0.0
+    """Price of one rank's card (or share of a CPU machine) an hour, in any currency: the plan then says what the run costs."""
 
 
 @dataclass

@@ -43,6 +43,11 @@ class Card:
     """Power limit; boost clocks, hence the peaks, are not sustained on a card that reaches it."""
     source: str
 
+    @property
+    def host_gb_per_s(self) -> float:
+        """Speed to main memory in one direction, 1e9 bytes/s: its PCI Express, which is the link where there is no NVLink."""
+        return self.link_gb_per_s if self.link.startswith("PCIe") else _PCIE_BY_MAJOR[self.capability[0]][1]
+
 
 def _peaks(fp32: float, fp16: float, *, tf32: float = 0, bf16: float = 0, int8: float = 0) -> Mapping[str, float]:
     given = {"fp32": fp32, "tf32": tf32, "fp16": fp16, "bf16": bf16, "int8": int8}
@@ -50,6 +55,7 @@ def _peaks(fp32: float, fp16: float, *, tf32: float = 0, bf16: float = 0, int8: 
 
 
 _PCIE3, _PCIE4, _PCIE5 = ("PCIe 3.0 x16", 15.75), ("PCIe 4.0 x16", 31.5), ("PCIe 5.0 x16", 63.0)
+_PCIE_BY_MAJOR = {7: _PCIE3, 8: _PCIE4, 9: _PCIE5}  # Volta and Turing, Ampere and Ada, Hopper
 
 # The arithmetic behind a tensor peak: SMs x FLOP a clock and SM x boost clock. T4: 40 x 1024 x 1.59 GHz = 65e12.
 # A10: 72 x 1024 x 1.695 GHz = 125e12 (dense; 250 is the sparse figure). A10G has half of that a clock and SM:

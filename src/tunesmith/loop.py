@@ -181,6 +181,7 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         "train/skipped": float(not outcome.applied),
         **parts.meter.end(rate, parts.engine.communication_s()),
         **parts.sensors.read(),
+        **parts.plan.predicted,
     }
 
 

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal
-from tunesmith.plan import Plan, describe, state_bytes, trained_weights
+from tunesmith.plan import Plan, describe
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
@@ -287,10 +287,9 @@ def _one_line(text: str) -> str:
 
 
 def checkpoint_gib(plan: Plan, config: Config) -> float:
-    """Disk that the kept checkpoints, the one being written and the result need, GiB: fp32 weights and the optimizer's state."""
-    weights = 4 * trained_weights(plan.shape, config.method)
-    checkpoints = config.train.keep + 1 + (config.train.patience > 0)  # the best one may be older than those kept
-    return ((weights + state_bytes(plan.shape, config)) * checkpoints + weights) / 2**30
+    """Disk that the kept checkpoints, the one being written and the result need, GiB."""
+    each, result = plan.disk
+    return each * (config.train.keep + 1 + (config.train.patience > 0)) + result  # the best one may be older than those kept
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

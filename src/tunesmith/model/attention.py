@@ -129,9 +129,9 @@ def _with_context(
     rows, n, c = q.shape[0], q.shape[2], ck.shape[2]
     mask = torch.ones(n, c + n, dtype=torch.bool, device=q.device).tril(c)
     keys, values = (torch.cat([x.expand(rows, -1, -1, -1), own], dim=2) for x, own in ((ck, k), (cv, v)))
-    return F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if (shared := q.shape[1] // k.shape[1]) > 1:  # flash has no mask, and the memory-efficient kernel takes no grouped keys
+        keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -9,22 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BUCKET, memory_gib
+from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
 from tunesmith.plan.optimizers import state_bytes
+from tunesmith.plan.pace import checkpoint_gib, step_seconds
 from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
 
 __all__ = [
-    "Flops", "ModelShape", "Plan", "PlanError", "describe", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files",
-    "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
+    "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
+    "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -82,11 +84,45 @@ class Plan:
     deepspeed: dict[str, Any]
     """DeepSpeed's config; empty with engine=accelerate."""
     notes: list[str]
+    expected_tokens: int
+    """Tokens of a step that its time is predicted for: the mean of the data, or as if each conversation had longest_tokens."""
+    time: dict[str, float]
+    """Predicted seconds of a step by part (plan/pace.py); empty where the device's peak is unknown or not measured yet."""
+    disk: tuple[float, float]
+    """GiB of one checkpoint, and of the result."""
+    config: Config = field(repr=False)
+    """What the run does: the settings as given, but with engine.fit those that the plan has chosen."""
 
     @property
     def memory_gib(self) -> float:
         """All parts of one rank together."""
         return sum(self.memory.values())
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of a step; 0.0 if unknown."""
+        return sum(self.time.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Predicted tokens a second over all ranks; 0.0 if unknown."""
+        return self.expected_tokens / self.step_s if self.time else 0.0
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """What a run logs beside what it measures, by metric names; a time that is unknown is left out."""
+        found = {"plan/peak_gib": self.memory_gib}
+        return found | {"plan/step_s": self.step_s, "plan/tokens_per_s": self.tokens_per_s} if self.time else found
+
+    @property
+    def hours(self) -> float:
+        """Predicted hours of training, without evaluation and saving; 0.0 if unknown."""
+        return self.steps * self.step_s / 3600
+
+    @property
+    def cost(self) -> float:
+        """Predicted price of those hours on all ranks; 0.0 if no price is given."""
+        return self.hours * self.world_size * self.config.hardware.price_per_h
 
 
 def make_plan(
@@ -105,8 +141,64 @@ def make_plan(
 
     conversations, tokens and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan
     then reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files,
-    where they are here. micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit).
+    where they are here. micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit). With engine.fit
+    the plan's `config` has what it chose, and runs go by that.
     """
+
+    def plan(tried: Config) -> Plan:
+        return _plan(tried, machine, world_size, conversations, tokens, local_size, longest_tokens, model_folder, micro_limit)
+
+    return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
+
+
+def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) -> Plan:
+    """The plan with the engine settings that make a step fastest among those that fit; the first of equals.
+
+    Raises PlanError for the thriftiest of them when none fits.
+    """
+    fitting: list[Plan] = []
+    refusal: PlanError | None = None
+    for changes in engine_choices(config, world_size):
+        try:
+            fitting.append(plan(changed(config, {"engine.fit": False, **changes})))
+        except PlanError as error:
+            refusal = error
+    if not fitting:
+        assert refusal
+        raise refusal
+    best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
+    beaten = f", before {_engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
+    note = f"engine.fit: {_engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
+    return replace(best, run_id=run_id(config), notes=[note, *best.notes])
+
+
+def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
+    """What engine.fit chooses from, the thriftiest with memory last."""
+    stages = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)] if world_size > 1 else [(0, False), (2, True)]
+    if config.engine.kind is not EngineKind.deepspeed:
+        stages = [(config.engine.zero, False)]
+    elif config.method.base is not Base.as_is:
+        stages = [stage for stage in stages if stage[0] != 3]
+    for zero, offload in stages:
+        for checkpointing in (False, True):
+            every = config.engine.checkpoint_every if checkpointing else 1
+            yield {
+                "engine.zero": zero, "engine.offload": offload, "engine.checkpointing": checkpointing, "engine.checkpoint_every": every,
+            }  # fmt: skip
+
+
+def _plan(
+    config: Config,
+    machine: Machine,
+    world_size: int,
+    conversations: int | None,
+    tokens: int,
+    local_size: int,
+    longest_tokens: int,
+    model_folder: Path | None,
+    micro_limit: int,
+) -> Plan:
+    """The plan of a config in which nothing is left to choose but the micro-batch."""
     shape, unknown = None, []
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
@@ -134,6 +226,16 @@ def make_plan(
     peak, peak_note = peak_flops(
         config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False
     )
+    trained = trained_weights(shape, config.method)
+    expected = step_tokens or per_step * (min(longest, round(tokens / conversations)) if tokens and conversations else longest)
+    seconds = {}
+    if peak:
+        mean = max(1, round(expected / per_step))
+        work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size)
+        seconds = step_seconds(
+            shape, config, None if on_cpu else card, world_size, flops=work.executed / world_size, peak_flops=peak,
+            tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
+        )  # fmt: skip
     plan = Plan(
         name=config.name,
         run_id=run_id(config),
@@ -150,8 +252,8 @@ def make_plan(
         threads=threads,
         method=_words(config),
         shape=shape,
-        trained_weights=trained_weights(shape, config.method),
-        memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu),
+        trained_weights=trained,
+        memory=memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=accumulation > 1),
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
         flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size),
@@ -160,6 +262,10 @@ def make_plan(
         peak_note=peak_note,
         deepspeed=_deepspeed(config, micro, accumulation, on_cpu),
         notes=[],
+        expected_tokens=expected,
+        time=seconds,
+        disk=checkpoint_gib(shape, config),
+        config=config,
     )
     return replace(plan, notes=list(_notes(config, plan, tokens, longest_tokens, on_cpu)))
 
@@ -211,7 +317,7 @@ def _split(
         ceiling = min(share, CPU_MICRO_BATCH) if on_cpu else share
 
         def fits(micro: int) -> bool:
-            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu)
+            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=micro < share)
             return not limit_gib or sum(parts.values()) <= ROOM * limit_gib
 
         most = 1
@@ -312,7 +418,7 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
 
 
 def _words(config: Config) -> str:
-    method, engine = config.method, config.engine
+    method = config.method
     kind = {
         MethodKind.full: "full",
         MethodKind.lora: f"{'DoRA' if method.dora else 'LoRA'} r={method.r}",
@@ -323,12 +429,17 @@ def _words(config: Config) -> str:
         kind += f" from layer {method.first_layer}" if method.first_layer else ""
         kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
     base = "" if method.base is Base.as_is else f" on {method.base.value}"
+    return f"{kind}{base}, {config.precision.compute.value}, {_engine_words(config)}"
+
+
+def _engine_words(config: Config) -> str:
+    engine = config.engine
     zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
     every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
     checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
     library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
     optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
-    return f"{kind}{base}, {config.precision.compute.value}, {library}{optimizer}{checkpointing}"
+    return f"{library}{optimizer}{checkpointing}"
 
 
 def run_id(config: Config) -> str:
@@ -344,7 +455,7 @@ def run_id(config: Config) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people, at most 14 lines."""
+    """The plan for people, at most 16 lines."""
     shape, gib = plan.shape, plan.memory_gib
     length = f"{plan.steps:,} steps" if plan.steps else "as many steps as the data asks for"
     if plan.conversations:
@@ -367,6 +478,8 @@ def describe(plan: Plan) -> str:
         "memory": f"{gib:.2f}{limit} GiB a rank, with {'rows' if plan.packed else 'conversations'} of {plan.longest_tokens:,} tokens",
         "": parts,
         "compute": f"at most {useful:,.4g} TFLOP a step ({executed:,.4g} executed){seconds}",
+        "time": _time_words(plan),
+        "disk": _disk_words(plan),
         "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
     }
     return "\n".join(
@@ -383,3 +496,32 @@ def _step_words(plan: Plan) -> str:
         return f"~{plan.tokens_per_step:,} tokens, {many} conversations, at most {parts} x about {plan.accumulation} accumulated x {ranks}"
     sign = "=" if places == per_step and not plan.packed else "<="
     return f"{per_step} conversations {sign} {parts} x {plan.accumulation} accumulated x {ranks}"
+
+
+def _time_words(plan: Plan) -> str:
+    if not plan.time:
+        return "known when the device's peak is"
+    parts = " + ".join(f"{name} {seconds:.2g}" for name, seconds in plan.time.items() if seconds >= 0.01 * plan.step_s)
+    words = f"{plan.step_s:.3g} s a step ({parts}), {plan.tokens_per_s:,.0f} tokens/s"
+    if plan.hours:
+        words += f", {plan.hours:.3g} h" + (f", cost {plan.cost:.2f}" if plan.cost else "")
+    return words
+
+
+def _disk_words(plan: Plan) -> str:
+    each, result = plan.disk
+    kept = plan.config.train.keep
+    # One is complete before the oldest goes.
+    return f"{(kept + 1) * each + result:.3g} GiB: {kept} + 1 checkpoints of {each:.3g}, and {result:.3g} for the result"
+
+
+def beside(plan: Plan, rows: Sequence[Mapping[str, float]]) -> str:
+    """What was predicted beside what a run's metrics say: the highest memory and the middle step after the first three."""
+    peaks = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
+    settled = [row["time/step_s"] for row in rows if "time/step_s" in row][3:]
+    words = []
+    if peaks:
+        words.append(f"memory {plan.memory_gib:.2f} GiB predicted, {max(peaks):.2f} measured")
+    if settled and plan.time:
+        words.append(f"step {plan.step_s:.3g} s predicted, {median(settled):.3g} measured")
+    return "; ".join(words)

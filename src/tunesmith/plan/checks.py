@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def _hardware_problems(
             f"precision.compute=bf16: the {card.key} has no bf16 units (compute capability {card.capability[0]}."
             f"{card.capability[1]}, they come with 8.0) and emulates it slowly — type precision=fp16"
         )
-    size_gib = _size_gib(config, world_size, shape, on_cpu) if shape else 0.0
+    size_gib = least_gib(config, world_size, shape, on_cpu) if shape else 0.0
 
     needed = config.hardware.count or world_size
     if card and machine.kind == "cpu":
@@ -286,7 +287,7 @@ def _hardware_problems(
         advice = "type hardware=cpu precision=fp32 to run this very experiment here, or +exp=lora_cpu, made for a CPU"
         if shape:
             as_fp32 = changed(config, {"precision.compute": Compute.fp32})
-            on_cpu_gib, ram_gib = _size_gib(as_fp32, world_size, shape, True), machine.ram_gib / local_size
+            on_cpu_gib, ram_gib = least_gib(as_fp32, world_size, shape, True), machine.ram_gib / local_size
             if on_cpu_gib > ram_gib:
                 advice = (
                     f"it would not fit here either ({on_cpu_gib:.1f} of {ram_gib:.1f} GiB a rank); +exp=lora_cpu does"
@@ -318,41 +319,58 @@ def _hardware_problems(
 
 
 def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: float, on_cpu: bool) -> str:
-    """The line for a model that does not fit, with the three settings that save most and what they would leave."""
-    size_gib, tokens, train = _size_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
+    """The line for a model that does not fit, with the nearest three ways that do: fewest changes first."""
+    size_gib, tokens, train = least_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
     full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
     pieces = changed(config, {"engine.fsdp": True})
+    # In the order of what they cost: first those that leave the result as it is.
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
-        (not full and as_is and zero != 3, "method.base=nf4", {"method.base": Base.nf4}),
-        (full, "method=lora", {"method.kind": MethodKind.lora}),
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
+        (config.engine.checkpoint_every > 1, "engine.checkpoint_every=1", {"engine.checkpoint_every": 1}),
         (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
-        (0 <= zero < 3 and world_size > 1 and as_is, "engine.zero=3", {"engine.zero": 3}),
+        (0 <= zero < 3 and world_size > 1, "engine.zero=3", {"engine.zero": 3}),
         (zero < 0 and not config.engine.fsdp and not any(_fsdp_problems(pieces, world_size)), "engine=fsdp", {"engine.fsdp": True}),
-        (zero in (2, 3) and full and not on_cpu, "engine.offload=true", {"engine.offload": True}),
+        (zero in (2, 3) and not config.engine.offload and not on_cpu, "engine.offload=true", {"engine.offload": True}),
+        (not full and as_is, "method.base=int8", {"method.base": Base.int8}),
+        (not full and as_is, "method.base=nf4", {"method.base": Base.nf4}),
+        (full, "method=lora", {"method.kind": MethodKind.lora}),
         (tokens >= 256, f"data.max_tokens={tokens // 2}", {"data.max_tokens": tokens // 2}),
+        (tokens >= 512, f"data.max_tokens={tokens // 4}", {"data.max_tokens": tokens // 4}),
     ]
 
-    def after(changes: Mapping[str, Any]) -> float:
-        return _size_gib(changed(config, changes), world_size, shape, on_cpu)
+    already = set(_combination_problems(config, shape, world_size))
 
-    possible = sorted(
-        ((after(changes), words, changes) for fits, words, changes in remedies if fits), key=lambda x: x[0]
-    )
-    best = [remedy for remedy in possible if remedy[0] < size_gib][:3]
-    advice = [f"{words} ({gib:.1f} GiB)" for gib, words, _ in best]
-    if len(best) > 1 and best[0][0] > limit_gib:
-        together = after({path: value for _, _, changes in best for path, value in changes.items()})
-        advice.append(f"all of them ({together:.1f} GiB)")
+    def after(changes: Iterable[Mapping[str, Any]]) -> float:
+        together = {path: value for change in changes for path, value in change.items()}
+        tried = changed(config, together)
+        if any(line not in already for line in _combination_problems(tried, shape, world_size)):
+            return math.inf  # as a quantised base with ZeRO 3: torn from its scales
+        return least_gib(tried, world_size, shape, on_cpu)
+
+    possible = [(words, changes) for fits, words, changes in remedies if fits]
+    found: list[tuple[tuple[str, ...], float]] = []
+    for count in (1, 2, 3):
+        for chosen in combinations(possible, count):
+            words = tuple(word for word, _ in chosen)
+            paths = [path for _, changes in chosen for path in changes]
+            if len(set(paths)) < len(paths) or any(set(fewer) <= set(words) for fewer, _ in found):
+                continue  # it says a thing twice, or less is enough
+            if (gib := after(changes for _, changes in chosen)) <= limit_gib:
+                found.append((words, gib))
+        if len(found) >= 3:
+            break
+    advice = ", or ".join(f"{' '.join(words)} ({gib:.1f} GiB)" for words, gib in found[:3])
+    if not advice:
+        least = min((after([changes]) for _, changes in possible), default=size_gib)
+        advice = f"model= a smaller one: no three settings are enough (the best single one leaves {least:.1f} GiB)"
     return (
         f"data.max_tokens={tokens}: {shape.name} with {max(1, train.micro_batch)} x {tokens} tokens needs "
-        f"{size_gib:.1f} GiB a rank, and the {'RAM of a rank' if on_cpu else 'card'} is {limit_gib:.1f} GiB "
-        f"— type {', or '.join(advice) or 'model= a smaller one'}"
+        f"{size_gib:.1f} GiB a rank, and the {'RAM of a rank' if on_cpu else 'card'} is {limit_gib:.1f} GiB — type {advice}"
     )
 
 
-def _size_gib(config: Config, world_size: int, shape: ModelShape, on_cpu: bool) -> float:
+def least_gib(config: Config, world_size: int, shape: ModelShape, on_cpu: bool) -> float:
     """Memory of a rank with the smallest micro-batch that the config allows."""
     tokens = max(1, config.train.micro_batch) * config.data.max_tokens
     return sum(memory_gib(shape, config, world_size, tokens, cpu=on_cpu).values())

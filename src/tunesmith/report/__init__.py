@@ -90,6 +90,7 @@ def describe_run(run: Path) -> dict[str, Any]:
         "describe": plan.pop("describe", ""),
         "memory": memory if "total" in memory else memory and {**memory, "total": sum(memory.values())},
         "peak_gib": max(values(rows, "memory/peak_gib"), default=None),
+        "predictions": list(predictions(rows, settled)),
         "plan": flatten(plan),
         "command": read_text(run / "command.txt").strip(),
         "chat": f"tunesmith chat {shlex.quote(str(run))}",
@@ -139,6 +140,18 @@ def tiles(rows: Sequence[Row], settled: Sequence[Row]) -> Iterator[Row]:
     yield tile("Peak memory", max(values(rows, "memory/peak_gib"), default=None), "GiB", "on one device")
     padding, computed = sum(values(rows, "data/padding_tokens")), sum(values(rows, "data/computed_tokens"))
     yield tile("Padding", 100 * padding / computed if computed else None, "%", "of computed tokens")
+
+
+def predictions(rows: Sequence[Row], settled: Sequence[Row]) -> Iterator[Row]:
+    """What the plan said in the last line beside what was measured: the middle step and speed, the highest memory."""
+    measured = (
+        ("plan/step_s", "a step, s", middle(settled, "time/step_s")),
+        ("plan/tokens_per_s", "tokens/s", middle(settled, "speed/computed_tokens_per_s")),
+        ("plan/peak_gib", "peak memory, GiB", max(values(rows, "memory/peak_gib"), default=None)),
+    )
+    for key, name, value in measured:
+        for predicted in values(rows[-1:], key):
+            yield {"name": name, "predicted": predicted, "measured": value}
 
 
 def phases(rows: Sequence[Row]) -> list[Row]:

@@ -1,0 +1,265 @@
+"""The peak that a plan predicts beside the one that the allocator saw, over a grid of small models on a CPU.
+
+    python -m bench.memory                 the whole grid: a line each, the median and the worst error
+    python -m bench.memory --only 3        the fourth configuration alone, with what the plan says is alive at the peak
+
+The ledger is the allocator's own: PyTorch's profiler reports every allocation and release, temporaries inside kernels included, and
+their running sum has a highest point. It is taken over the second step of the real engine (Accelerate, one process), when the
+optimizer's state exists; weights, buffers and that state are counted by their storages. Nothing of the process beside tensors is in
+it: the interpreter, libraries and the allocator's rounding are the part that is declared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tunesmith.config import Batching, Compute, Config, EngineKind, MethodKind
+from tunesmith.plan.checks import changed
+from tunesmith.plan.memory import GIB, memory_gib
+from tunesmith.plan.shapes import ModelShape
+
+FAMILIES = {
+    "llama": ModelShape("llama", 4, 128, 4, 2, 32, 352, 3000, 1024),
+    "qwen2": ModelShape("qwen2", 3, 192, 6, 2, 32, 512, 2000, 1024, tied=True, qkv_bias=True),
+    "qwen3": ModelShape("qwen3", 2, 128, 4, 2, 64, 384, 4000, 1024, tied=True, qk_norm=True),
+}
+GLM = ModelShape("glm", 3, 128, 4, 2, 32, 352, 3000, 1024, qkv_bias=True, fused=True)
+BATCHES = ((64, 1, 0.5), (128, 4, 0.1), (512, 1, 0.9), (256, 2, 0.02), (96, 8, 0.3), (512, 2, 0.05), (192, 3, 0.6))
+"""(tokens of a conversation, conversations, share of targets)."""
+PREFIX, PROMPT = ("method.kind", MethodKind.prefix), ("method.kind", MethodKind.prompt)
+MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (PREFIX,),
+    (PREFIX, ("method.virtual_tokens", 100)),
+    (PROMPT,),
+    (PROMPT, ("method.virtual_tokens", 100)),
+    (("method.dora", True),),
+    (("method.dora", True), ("method.targets", ("q_proj", "v_proj", "down_proj"))),
+    (("method.first_layer", 1), ("engine.checkpoint_every", 2)),
+    (("method.modules_to_save", ("embed_tokens", "lm_head")),),
+    (("method.modules_to_save", ("lm_head",)), ("engine.checkpoint_every", 3)),
+    (("method.modules_to_save", ("embed_tokens",)), ("method.first_layer", 1)),
+    (("optim.neftune_alpha", 5.0), ("optim.label_smoothing", 0.1)),
+)
+"""Settings beside those that every configuration has."""
+PRECISIONS = ((Compute.fp32, False), (Compute.bf16, False), (Compute.bf16, True))
+METHODS = (0, 4, 16, 64)
+"""Ranks of adapters; 0: full."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the grid."""
+
+    family: str
+    rank: int
+    compute: Compute
+    checkpointing: bool
+    length: int
+    rows: int
+    share: float
+    accumulation: int = 1
+    dropout: float = 0.0
+    halves: bool = False
+    """Computed as under DeepSpeed in bf16, all weights in halves, without an optimizer."""
+    more: tuple[tuple[str, Any], ...] = ()
+    """Other settings, by their paths."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return GLM if self.family == "glm" else FAMILIES[self.family]
+
+    @property
+    def targets(self) -> int:
+        """Of a conversation."""
+        return max(1, round(self.length * self.share))
+
+    def config(self) -> Config:
+        config = Config(name="memory")
+        config.method.kind = MethodKind.lora if self.rank else MethodKind.full
+        config.method.r, config.method.dropout = self.rank or 16, self.dropout
+        config.precision.compute, config.engine.kind = self.compute, EngineKind.deepspeed if self.halves else EngineKind.accelerate
+        config.engine.zero = 0
+        config.engine.checkpointing = self.checkpointing
+        return changed(config, dict(self.more))
+
+    def __str__(self) -> str:
+        method = f"LoRA {self.rank}" if self.rank else "full"
+        more = f"{', recomputed' * self.checkpointing}{', dropout' * bool(self.dropout)}{', 2 accumulated' * (self.accumulation > 1)}"
+        more += "".join(f", {path.partition('.')[2]}={said(value)}" for path, value in self.more)
+        precision = f"{self.compute.value}{' weights' * self.halves}"
+        return f"{self.family} {method}, {precision}, {self.rows} x {self.length} tokens, {self.targets} targets each{more}"
+
+
+def said(value: Any) -> str:
+    return "+".join(value) if isinstance(value, list | tuple) else str(getattr(value, "value", value)).lower()
+
+
+def grid() -> list[Case]:
+    """Every family, method, precision and checkpointing with two batches each in turn, all in halves, and the kinds of MORE."""
+    cases = []
+    for turn in range(2):
+        for family in FAMILIES:
+            for rank in METHODS:
+                for compute in (Compute.fp32, Compute.bf16):
+                    for checkpointing in (False, True):
+                        number = len(cases)
+                        length, rows, share = BATCHES[(number + turn) % len(BATCHES)]
+                        accumulation = 1 + (number // 2 + turn) % 2
+                        dropout = 0.1 if rank and number % 5 == 0 else 0.0
+                        cases.append(Case(family, rank, compute, checkpointing, length, rows, share, accumulation, dropout))
+    for number, (family, rank, checkpointing) in enumerate(product(FAMILIES, (0, 16), (False, True))):
+        cases.append(Case(family, rank, Compute.bf16, checkpointing, *BATCHES[number % len(BATCHES)], accumulation=2, halves=True))
+    for number, (more, (compute, halves), checkpointing) in enumerate(product(MORE, PRECISIONS, (False, True))):
+        settings = dict(more)
+        family = list(FAMILIES)[(number // 2 + number // 6) % len(FAMILIES)]
+        rank = 0 if "method.kind" in settings else (4, 16)[number // 2 % 2]
+        dropout = 0.1 if rank and number % 3 == 0 else 0.0
+        if not checkpointing:
+            settings.pop("engine.checkpoint_every", None)
+        batch = BATCHES[(number + number // 6) % len(BATCHES)]
+        cases.append(Case(family, rank, compute, checkpointing, *batch, 1 + number // 3 % 2, dropout, halves, tuple(settings.items())))
+    kinds: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ((0, ()), (16, ()), (0, (PREFIX,)))
+    for number, ((rank, more), (compute, halves), checkpointing) in enumerate(product(kinds, PRECISIONS, (False, True))):
+        accumulation = 2 if halves else 1 + number % 2
+        cases.append(Case("glm", rank, compute, checkpointing, *BATCHES[number % len(BATCHES)], accumulation, 0.0, halves, more))
+    return cases
+
+
+def predicted(case: Case) -> dict[str, float]:
+    """Bytes by part at the predicted peak, the process left out."""
+    tokens, targets = case.rows * case.length, case.rows * case.targets
+    parts = memory_gib(case.shape, case.config(), 1, tokens, targets=targets, cpu=True, accumulated=case.accumulation > 1)
+    return {name: gib * GIB for name, gib in parts.items() if name != "context" and not (case.halves and name == "optimizer")}
+
+
+def measured(case: Case, folder: Path) -> int:
+    """Bytes at the highest point of a step's ledger; the model is made in `folder` if it is not there."""
+    import torch
+    from accelerate.state import AcceleratorState
+    from torch.profiler import ProfilerActivity, profile
+
+    from tunesmith.engine.accelerate import AccelerateEngine
+    from tunesmith.model import build_model
+    from tunesmith.world import World
+
+    module = build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
+    batches = [batch_of(case, seed) for seed in range(case.accumulation)]
+    states: list[Any] = []
+    if case.halves:
+        module = module.to(torch.bfloat16)
+
+        def step() -> None:
+            module.zero_grad()
+            for batch in batches:
+                module(batch).backward()
+    else:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
+        engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
+
+        def step() -> None:
+            engine.step(batches, sum(batch.target_count for batch in batches), 1e-4, lambda _: nullcontext())
+
+    step()
+    module.zero_grad()
+    gc.collect()
+    if not case.halves:
+        states = [value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers(), *states]}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
+        step()
+    live = peak = 0
+    for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
+        live += size
+        peak = max(peak, live)
+    return sum(held.values()) + peak
+
+
+def entries(ledger: Any) -> Iterator[tuple[int, int]]:
+    """(time, bytes) of allocations (positive) and releases (negative)."""
+    return ((event.start_ns(), event.nbytes()) for event in ledger.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def model_in(folder: Path, shape: ModelShape) -> Path:
+    """A folder with a model of this shape and random weights."""
+    from transformers import (
+        GlmConfig,
+        GlmForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )  # fmt: skip
+
+    place = folder / shape.name
+    if not place.is_dir():
+        sizes = dict(
+            hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, vocab_size=shape.vocab, max_position_embeddings=shape.max_positions,
+            tie_word_embeddings=shape.tied,
+        )  # fmt: skip
+        if shape.fused:
+            model: Any = GlmForCausalLM(GlmConfig(**sizes, head_dim=shape.head_dim, attention_bias=True, pad_token_id=0))
+        elif shape.qk_norm:
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=shape.head_dim))
+        elif shape.qkv_bias:
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        model.save_pretrained(place)
+    return place
+
+
+def batch_of(case: Case, seed: int) -> Any:
+    """Random conversations, all of the same length, that share no beginning."""
+    from tunesmith.data.batches import Example, lay_out
+
+    chance = np.random.default_rng(seed)
+
+    def conversation(row: int) -> Example:
+        ids = chance.integers(0, case.shape.vocab, case.length + 1).astype(np.int32)
+        ids[0] = seed * case.rows + row
+        return Example(ids, np.arange(case.length + 1) > case.length - case.targets, f"row {row}")
+
+    return lay_out([conversation(row) for row in range(case.rows)], Batching.ragged)
+
+
+def compare(cases: list[Case]) -> Iterator[tuple[Case, float, int]]:
+    """(case, predicted, measured) bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases:
+            yield case, sum(predicted(case).values()), measured(case, Path(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, default=-1)
+    asked = parser.parse_args()
+    cases = grid() if asked.only < 0 else [grid()[asked.only]]
+    errors = []
+    print("| configuration | predicted MB | measured MB | error |\n|---|---|---|---|")
+    for case, guess, truth in compare(cases):
+        errors.append(guess / truth - 1)
+        print(f"| {case} | {guess / 1e6:.2f} | {truth / 1e6:.2f} | {errors[-1]:+.2%} |", flush=True)
+    if asked.only >= 0:
+        print({part: round(size / 1e6, 3) for part, size in predicted(cases[0]).items()})
+    sizes = sorted(map(abs, errors))
+    print(f"\n{len(cases)} configurations: median error {median(sizes):.2%}, worst {sizes[-1]:.2%}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,132 @@
+"""How long a step takes, what the run costs and what it leaves on disk: a roofline from the card's data, part by part.
+
+Nothing overlaps in this model but host and card, so it errs on the slow side where communication hides behind compute. Every share
+below is declared with what it rests on; `python -m bench.pace` holds the CPU's against measured steps (docs/hardware.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunesmith.config import Compute, Config, EngineKind
+from tunesmith.hardware import Card
+from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
+from tunesmith.plan.optimizers import state_bytes
+from tunesmith.plan.replay import replayed
+from tunesmith.plan.shapes import ModelShape
+
+READS = 2
+"""Times that a tensor is read for each time it is written: by the next operator, and in backward."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device sustains of what it promises."""
+
+    matmul_share: float
+    """Of the peak, in matmuls of a training step's sizes."""
+    bytes_per_s: float
+    """Memory traffic of elementwise operators, reads and writes."""
+    operator_s: float
+    """Host time of one operator: on a CPU added to its work, on a card hidden as long as the card has enough to do."""
+    random_s: float
+    """One number of a dropout mask."""
+    link_bytes_per_s: float
+    """Between ranks, one way."""
+    host_bytes_per_s: float
+    """Between a card and main memory, one way."""
+
+
+# A CPU, by least squares over every second configuration of bench/pace.py on two cores of an AMD EPYC with AVX-512 (2026-11-24); the other
+# half is predicted with a median error of 5 %. The peak is of 2048 x 2048 matmuls, measured on each machine; a bf16 matmul of a
+# small model reaches less of its own, higher one. Gloo over one machine's memory: 1 to 2 GB/s, declared.
+CPU = {
+    Compute.fp32: Speed(0.62, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
+    Compute.bf16: Speed(0.25, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
+    Compute.fp16: Speed(0.25, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
+}
+MATMUL_SHARE = 0.65
+"""Of a card's dense peak: cuBLAS reaches 70 to 85 % of it at 4096 and more on cards that keep their clock, and a step has smaller ones
+too. Declared; compared with published steps in docs/hardware.md."""
+CAPPED_SHARE = 0.45
+"""The same for cards of at most CAPPED_W, whose power limit does not let them keep the clock that the peak is stated at."""
+CAPPED_W = 165
+BANDWIDTH_SHARE = 0.8
+"""Of a card's memory bandwidth, that elementwise kernels reach; declared."""
+LINK_SHARE = 0.75
+"""Of a link's rate, that NCCL and pinned copies reach; declared."""
+LAUNCH_S = 8e-6
+"""Host time of an operator in eager PyTorch with a kernel launch; declared, 5 to 10 microseconds."""
+MAIN_MEMORY = 20e9
+"""Bytes/s of AdamW in main memory, offloaded; declared."""
+
+
+def speed_of(card: Card | None, compute: Compute) -> Speed:
+    """What a card sustains; of a CPU for None."""
+    if card is None:
+        return CPU[compute]
+    share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
+    link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
+    return Speed(share, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, 0.0, link, host)
+
+
+def step_seconds(
+    shape: ModelShape,
+    config: Config,
+    card: Card | None,
+    world_size: int,
+    *,
+    flops: float,
+    peak_flops: float,
+    tokens: int,
+    accumulation: int,
+    trained: int,
+    targets: int | None = None,
+) -> dict[str, float]:
+    """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
+
+    flops: executed by this rank in a step. tokens: of one of its `accumulation` micro-batches. card None: a CPU. trained: weights
+    that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of them).
+    """
+    speed, compute = speed_of(card, config.precision.compute), BYTES[config.precision.compute]
+    counted = round(tokens * TARGET_SHARE) if targets is None else targets
+    work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
+    matmul = flops / (peak_flops * speed.matmul_share)
+    memory = accumulation * ((1 + READS) * work.written / speed.bytes_per_s + work.random * speed.random_s)
+    host = accumulation * work.operators * speed.operator_s
+    if card:
+        host = max(0.0, host - matmul - memory)  # what the card waits for
+    deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero
+    own = trained / (world_size if deepspeed and zero else 1)
+    # AdamW reads weight, gradient and two moments and writes three of them, in fp32; with a copy in halves for the matmuls.
+    update = own * (28 + (4 if deepspeed and compute == 2 else 0))
+    if deepspeed and config.engine.offload:
+        moved = own * 2 * (compute if deepspeed else 4) / speed.host_bytes_per_s  # gradients down, weights up
+        optimizer = update / MAIN_MEMORY + moved
+    else:
+        optimizer = update / speed.bytes_per_s
+    sent = _sent_bytes(shape, config, world_size, accumulation, trained)
+    return {
+        "matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": sent / speed.link_bytes_per_s,
+    }  # fmt: skip
+
+
+def _sent_bytes(shape: ModelShape, config: Config, world_size: int, accumulation: int, trained: int) -> float:
+    """Bytes that one rank sends in a step; rings send (n - 1) / n of a tensor for a reduce-scatter or an all-gather."""
+    compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
+    zero = 3 if config.engine.fsdp else config.engine.zero if deepspeed else 0
+    ring = (world_size - 1) / world_size
+    gradients = trained * (compute if deepspeed else 4) * ring
+    if zero == 0:
+        return 2 * gradients  # all-reduce
+    if zero == 3:  # all weights are gathered for each forward and each backward
+        return accumulation * (2 * shape.total_weights * compute * ring + gradients)
+    reduced = accumulation if zero == 2 else 1
+    return reduced * gradients + trained * compute * ring
+
+
+def checkpoint_gib(shape: ModelShape, config: Config) -> tuple[float, float]:
+    """GiB on disk of one checkpoint (trained weights and the optimizer's state) and of the result (fp32: weights, or adapters)."""
+    half = config.engine.kind is EngineKind.deepspeed and BYTES[config.precision.compute] == 2
+    trained = shape.trained_weights(config.method)
+    return ((2 + 4 if half else 4) * trained + state_bytes(shape, config)) / 2**30, 4 * trained / 2**30

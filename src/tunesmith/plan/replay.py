@@ -1,0 +1,539 @@
+"""One rank's forward and backward once more, with sizes in place of numbers: what is alive when, and the most at any moment.
+
+The decoder below does what transformers', PEFT's and our own forward do, statement by statement and with the same local names, so
+that blocks are freed when Python frees the tensors; each operator keeps for backward what PyTorch's keeps, and backward runs in
+autograd's order. So the peak is found where it is (at the logits, in the last layer's MLP, at the embedding's gradient) and not
+assumed. What kernels allocate inside and free again is left out, as it belongs to a device.
+
+What a layer keeps, in bytes a token; c is the compute type's size, h hidden, q and kv the widths of all query and key heads, f the
+MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
+
+    each norm        4h + 4             its input in fp32, 1 / rms; full training: the scaled value too
+    queries, keys    (q + kv)(4 + c)    with a norm of their own (Qwen3)
+    attention        c(2q + 2kv)        rotated queries and keys, values, output; and 4 a head for the softmax's logarithm
+    SwiGLU           3cf                gate, silu(gate), up
+    linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each under autocast
+                     or dropout, and then the mask; and cr for Ax, which B reads
+    DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
+    prefix, prompt   what attention keeps, and its keys and values of virtual tokens
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tunesmith.plan.shapes import Linear, ModelShape
+from tunesmith.plan.tape import Block, Gradients, Heap, Node, Tape, Value, spent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a step is computed, as far as memory depends on it."""
+
+    compute: int
+    """Bytes of an activation."""
+    stored: int
+    """Bytes of a weight outside the linear layers: embedding, head and norms."""
+    ends: int
+    """Bytes of an embedding's or a head's weight that is trained."""
+    linear: int
+    """Bytes of a linear layer's weight as a matmul reads it."""
+    adapter: int
+    """Bytes of an adapter's weight."""
+    full: bool = False
+    trained_ends: frozenset[str] = frozenset()
+    """Which of embed_tokens and lm_head are trained."""
+    autocast: bool = False
+    quantised: str = ""
+    """nf4 or int8: a weight is dequantised whole for each matmul."""
+    rank: int = 0
+    adapted: frozenset[Linear] = frozenset()
+    first_layer: int = 0
+    """Lowest layer with adapters."""
+    dora: bool = False
+    prefix: int = 0
+    """Virtual tokens whose keys and values are learned in each layer."""
+    prompt: int = 0
+    """Virtual tokens whose embeddings are learned."""
+    dropout: bool = False
+    mask: int = 1
+    """Bytes of an element of a dropout mask: 1 on a card, a whole number on a CPU."""
+    recomputed: int = 0
+    """One of every so many layers, from the lowest trained one on, is recomputed in backward; 0: none."""
+    repeats_keys: bool = False
+    """Grouped keys and values are repeated for each query head before attention."""
+    masked: int = 0
+    """Where a kernel for keys that a whole micro-batch shares is missing, i.e. on a card, keys of virtual tokens are copied to each
+    conversation, and a mask has this many rows: tokens of the longest conversation. 0: on a CPU."""
+    accumulates: bool = False
+    """All gradients exist before this backward, which adds to them."""
+
+
+class Step(Tape):
+    """Forward and backward of one micro-batch of `tokens` tokens, of which `targets` have logits."""
+
+    def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
+        super().__init__(heap)
+        self.shape, self.setting = shape, setting
+        self.tokens, self.targets = tokens + setting.prompt, targets
+        self.again = False
+        """A layer is computed again."""
+        self.cast_weights: list[Block] = []
+        self.gradients: list[Block] = []
+        self.waiting: Block | None = None
+        """A tied head's gradient, until the embedding's comes."""
+        self.pinned: list[Block] = []
+        """What a checkpointed layer keeps all the same: bitsandbytes holds the inputs of int8 layers where no checkpoint sees them."""
+        self.learned: list[Block] = []
+        """Gradients of a prefix, layer by layer."""
+        loss = self.forward()
+        self.cast_weights.clear()
+        self.backward(loss.node, self.block(4))
+        if setting.prefix:  # what the layers have sent is put together
+            self.keep(self.block(2 * setting.prefix * shape.layers * shape.kv_width * setting.adapter, "gradients"))
+            self.learned.clear()
+
+    def keep(self, gradient: Block) -> None:
+        """A weight's gradient is there: kept, or added to what was there before."""
+        if not self.setting.accumulates:
+            self.gradients.append(gradient)
+
+    # --- operators -------------------------------------------------------------------------------------------------
+
+    def cast(self, x: Value, bytes: int, part: str = "activations") -> Value:
+        if x.bytes == bytes:
+            return x
+        size = x.size
+        return self.apply((x,), x.rows, x.width, bytes, lambda _: (self.block(size, part),), part=part)
+
+    def matmul(self, x: Value, outputs: int, stored: int, trained: bool, quantised: str = "", part: str = "activations") -> Value:
+        """x W^T with a weight of `stored` bytes a number."""
+        setting = self.setting
+        inputs = int(x.width)
+        bytes = x.bytes if quantised == "int8" else setting.compute if setting.autocast else stored
+        x = self.cast(x, bytes)
+        weight: Block | None = None
+        if quantised:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if quantised == "int8":  # the input as int8, and the product as int32
+                weight = self.block(x.rows * (inputs + 4 * outputs), "buffers")
+        elif bytes != stored:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if trained:
+                self.cast_weights.append(weight)  # autocast keeps those until the forward is over
+        wanted = x.node is not None
+        saved = (x.block if trained or (wanted and quantised == "int8") else None, weight if wanted and not quantised else None)
+        if quantised == "int8" and not self.recording:
+            self.pinned.append(x.block)
+        size = x.size
+
+        def run(_: list[Block], saved: object = saved) -> Gradients:
+            dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
+            gradient = self.block(size) if wanted else None
+            del dequantised
+            if trained:
+                grown = self.block(inputs * outputs * bytes, "gradients")
+                if bytes != stored:
+                    grown = self.block(inputs * outputs * stored, "gradients")
+                if part == "logits" and self.shape.tied:
+                    self.waiting = grown
+                else:
+                    self.keep(grown)
+            return (gradient,)
+
+        return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
+
+    def linear(self, x: Value, linear: Linear, layer: int) -> Value:
+        """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
+        setting, given = self.setting, x  # who calls a module holds its argument until it returns
+        adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
+        self.stopped = self.again and last and not adapted
+        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        if setting.quantised:
+            result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
+        if adapted:
+            x = self.cast(x, setting.adapter)
+        if adapted and setting.dora:
+            result = self.cast(self.add(result, self.directed(x, result, linear)), result.bytes)
+        elif adapted:
+            inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
+            self.stopped = self.again and last
+            result = self.cast(self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True))), result.bytes)
+        del given
+        return result
+
+    def directed(self, x: Value, result: Value, linear: Linear) -> Value:
+        """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""
+        setting = self.setting
+        name, inputs, outputs = linear
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if setting.dropout:
+            x = self.dropped(x)
+        # B A by way of B(A(I)), in a graph that nobody goes back through and that lives until this returns.
+        eye = self.block(inputs * inputs * setting.adapter, "buffers")
+        if bytes != setting.adapter:
+            eye = self.block(inputs * inputs * bytes, "buffers")
+        inner = self.block(inputs * setting.rank * bytes, "buffers")
+        product = self.block(inputs * outputs * bytes, "buffers")
+        graph = (eye, inner) if self.recording else ()
+        del eye, inner
+        if bytes != x.bytes:
+            product = self.block(inputs * outputs * x.bytes, "buffers")
+        weight: Block | None = None
+        if setting.quantised:
+            weight = self.block(inputs * outputs * setting.compute, "buffers")
+        if (setting.compute if setting.quantised else setting.linear) != x.bytes:
+            weight = self.block(inputs * outputs * x.bytes, "buffers")
+        scaled = self.block(inputs * outputs * x.bytes, "buffers")
+        summed = self.block(inputs * outputs * x.bytes, "buffers")
+        del scaled, summed
+        lora_result = self.matmul(self.matmul(x, setting.rank, setting.adapter, True), outputs, setting.adapter, True)
+        base_result = result
+        if setting.dropout:
+            base_result = self.through_made(x, outputs, weight)
+        elif self.has_bias(name):
+            base_result = self.apply((result,), result.rows, result.width, result.bytes, lambda given: (given[0],))
+        stretched = self.stretched(base_result)
+        self.stopped = self.again and linear == self.shape.linears[-1]
+        out = self.add(stretched, self.scaled(self.stretched(lora_result)))
+        del graph, product
+        return out
+
+    def through_made(self, x: Value, outputs: int, weight: Block | None) -> Value:
+        """x W^T with a frozen weight made for this matmul, which keeps it for backward; None: stored in that type."""
+        setting = self.setting
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if bytes != setting.adapter:
+            weight = self.block(x.width * outputs * bytes, "buffers")
+        x = self.cast(x, bytes)
+        saved, size = weight if x.node else None, x.size
+        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+
+    def has_bias(self, name: str) -> bool:
+        return self.shape.qkv_bias if name in ("q_proj", "k_proj", "v_proj") else self.shape.out_bias and name == "o_proj"
+
+    def stretched(self, x: Value) -> Value:
+        """x times a trained row of numbers."""
+        bytes, saved, wanted = max(x.bytes, self.setting.adapter), x.block, x.node is not None
+        full, size = x.rows * x.width * bytes, x.size
+
+        def run(_: list[Block], saved: Block = saved) -> Gradients:
+            product = self.block(full)  # summed over tokens, it is the row's gradient
+            gradient = self.block(full) if wanted else None
+            del product
+            return (self.block(size) if gradient and size != full else gradient,)
+
+        return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
+
+    def has_adapter(self, linear: Linear, layer: int) -> bool:
+        return layer >= self.setting.first_layer and linear in self.setting.adapted
+
+    def dropped(self, x: Value) -> Value:
+        if not self.setting.dropout:
+            return x
+        mask, size = self.block(x.rows * x.width * min(self.setting.mask, x.bytes)), x.size
+        self.heap.random += x.rows * x.width
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, mask=mask: (self.block(size),))  # type: ignore[misc]
+
+    def scaled(self, x: Value) -> Value:
+        size = x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _: (self.block(size),))
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self.apply((x, y), x.rows, x.width, max(x.bytes, y.bytes), lambda given: (given[0], given[0]))
+
+    def multiply(self, x: Value, y: Value) -> Value:
+        saved = (x.block if y.node else None, y.block if x.node else None)
+        sizes = [value.size if value.node else 0 for value in (x, y)]
+
+        def run(_: list[Block], saved: object = saved) -> Gradients:
+            return tuple(self.block(size) if size else None for size in sizes)
+
+        return self.apply((x, y), x.rows, x.width, x.bytes, run)
+
+    def chunked(self, x: Value) -> tuple[Value, Value]:
+        """Both halves of the width, without a copy; in backward their gradients are put side by side."""
+        size, half = x.size, x.width / 2
+        whole = self.apply((x,), x.rows, x.width, x.bytes, lambda given: (self.block(size),), block=x.block)
+        first, second = (Value(x.block, x.rows, half, x.bytes, whole.node) for _ in range(2))
+        return first, second
+
+    def silu(self, x: Value) -> Value:
+        saved, size = x.block, x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+
+    def norm(self, x: Value, groups: int = 1) -> Value:
+        """RMSNorm over each of `groups` parts of the width, computed in fp32."""
+        setting, bytes = self.setting, x.bytes
+        x = self.cast(x, 4)
+        size = x.size
+        squares = self.block(size)
+        root = self.block(x.rows * groups * 4)
+        del squares
+
+        def run(given: list[Block], saved: object = (x.block, root)) -> Gradients:
+            through = self.block(size)
+            product = self.block(size)  # its sum over the width is the gradient of 1 / rms
+            given.clear()
+            del product
+            spread = self.block(size)  # the mean's, written out; below x^1, 2 x^1, and their product with it
+            temporaries = [self.block(size) for _ in range(3)]
+            del temporaries[:2], spread
+            return (self.block(size) if through else None,)
+
+        x = self.apply((x,), x.rows, x.width, 4, run)
+        x = self.cast(x, bytes)
+        saved, width, narrow = x.block if setting.full else None, x.width, x.size
+        out = max(bytes, setting.stored)
+        product = x.rows * width * out
+
+        def run_weight(_: list[Block], saved: object = saved) -> Gradients:
+            gradient = self.block(product)
+            if out != bytes:
+                gradient = self.block(narrow)
+            if setting.full:
+                summed = self.block(product)
+                del summed
+                self.keep(self.block(width / groups * setting.stored, "gradients"))
+            return (gradient,)
+
+        return self.apply((x,), x.rows, width, out, run_weight, trained=setting.full)
+
+    def rotated(self, x: Value) -> Value:
+        """Rotary embedding: x cos + rotate_half(x) sin."""
+        bytes = max(x.bytes, self.angle_bytes)
+        full, given = x.rows * x.width * bytes, x.size
+        cosine = self.block(full)
+        half = self.block(given / 2)
+        turned = self.block(given)
+        del half
+        sine = self.block(full)
+        del turned
+
+        def run(_: list[Block], saved: Block = self.angles) -> Gradients:
+            of_sine = self.block(given)
+            half = self.block(given / 2)
+            first, second = self.block(given), self.block(given)  # each half's gradient in a tensor of zeros
+            both = self.block(given)
+            del of_sine, half, first, second
+            of_cosine = self.block(given)
+            return (self.block(given) if both and of_cosine else None,)
+
+        out = self.apply((x,), x.rows, x.width, bytes, run)
+        del cosine, sine
+        return out
+
+    def attend(self, q: Value, k: Value, v: Value) -> Value:
+        """Fused attention, which keeps no scores."""
+        setting = self.setting
+        if setting.prefix or setting.prompt:
+            return self.attend_to_virtual(q, k, v)
+        if setting.autocast:
+            q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
+        if setting.repeats_keys and self.shape.heads > self.shape.kv_heads:
+            k, v = (self.repeated(x, q.width) for x in (k, v))
+        out = self.block(q.size)
+        sums = self.block(q.rows * self.shape.heads * 4)
+        sizes = [value.size for value in (q, k, v)]
+
+        def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
+            return tuple(self.block(size) for size in sizes)
+
+        return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
+
+    def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:
+        """Attention to keys that all conversations share and to one's own.
+
+        On a CPU each is a kernel call, and the two are merged (model/attention.py). Elsewhere each conversation gets a copy of the
+        shared keys, all heads their own, and there is a mask.
+        """
+        setting, shape = self.setting, self.shape
+        virtual = setting.prefix or setting.prompt
+        learned: tuple[Value, ...] = ()
+        if setting.prefix:
+            size = 2 * virtual * shape.kv_width
+
+            def run_learned(_: list[Block]) -> Gradients:
+                self.learned.append(self.block(size * setting.adapter))
+                return ()
+
+            node_block = self.block(size * k.bytes if k.bytes != setting.adapter else 0)
+            learned = (self.apply((), virtual, 2 * shape.kv_width, k.bytes, run_learned, block=node_block, trained=True),)
+        sums = self.block(q.rows * shape.heads * 4)
+        if setting.masked:
+            n = min(setting.masked, self.tokens)
+            rows = math.ceil((self.tokens - setting.prompt) / n) if n else 0
+            wide = (q.rows + rows * virtual) * q.width * k.bytes
+            kept: tuple[Block, ...] = (self.block(wide), self.block(wide), self.block(n * (virtual + n) * q.bytes, "buffers"))
+            out = self.block(q.size)
+        else:
+            kept = (self.block(virtual * shape.kv_width * k.bytes), self.block(virtual * shape.kv_width * v.bytes), k.block, v.block)
+            outer, own = self.block(q.size), self.block(q.size)
+            merged = [self.block(q.rows * q.width * 4) for _ in range(3)]
+            out = merged.pop() if q.bytes == 4 else self.block(q.size)
+            del outer, own, merged
+        sizes = [x.size if x.node else 0 for x in (q, k, v)]
+        wide = kept[0].size if setting.masked else 0
+
+        def run(_: list[Block], saved: object = (q.block, out, sums, *kept)) -> Gradients:
+            of_context = [self.block(wide) for _ in range(2)]  # of the copied keys, which are summed up for those that share them
+            of_outer = self.block(sizes[0])
+            gradients = [self.block(size) if size else None for size in sizes]
+            if not wide and gradients[0]:
+                gradients[0] = self.block(sizes[0])  # both kernels' added up
+            del of_context, of_outer
+            return (*gradients, *(self.block(0) for _ in learned))
+
+        merged_out = self.apply((q, k, v, *learned), q.rows, q.width, q.bytes, run, block=out)
+        if setting.prompt:  # the virtual tokens' own attention and the others' are put into one tensor
+            return self.apply((merged_out,), q.rows, q.width, q.bytes, lambda given: (given[0],))
+        return merged_out
+
+    def repeated(self, x: Value, width: float) -> Value:
+        size = x.size
+        return self.apply((x,), x.rows, width, x.bytes, lambda _: (self.block(size),))
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def attention(self, hidden_states: Value, layer: int) -> Value:
+        shape = self.shape
+        q_proj, k_proj, v_proj = shape.blocks[0]
+        query_states, key_states = self.linear(hidden_states, q_proj, layer), self.linear(hidden_states, k_proj, layer)
+        if shape.qk_norm:
+            query_states, key_states = self.norm(query_states, shape.heads), self.norm(key_states, shape.kv_heads)
+        value_states = self.linear(hidden_states, v_proj, layer)
+        query_states, key_states = self.rotated(query_states), self.rotated(key_states)
+        attn_output = self.attend(query_states, key_states, value_states)
+        if shape.fused:  # half of each head is rotated and the head put together again, heads first
+            attn_output = self.repeated(attn_output, attn_output.width)
+        return self.linear(attn_output, shape.blocks[1][0], layer)
+
+    def mlp(self, x: Value, layer: int) -> Value:
+        _, _, ups, (down,) = self.shape.blocks
+        if len(ups) == 2:
+            gate, up = ups
+            return self.linear(self.multiply(self.silu(self.linear(x, gate, layer)), self.linear(x, up, layer)), down, layer)
+        up_states = self.linear(x, ups[0], layer)
+        if self.shape.fused:
+            first, second = self.chunked(up_states)
+            return self.linear(self.multiply(second, self.silu(first)), down, layer)
+        return self.linear(self.silu(up_states), down, layer)
+
+    def layer(self, hidden_states: Value, layer: int) -> Value:
+        residual = hidden_states
+        hidden_states = self.norm(hidden_states)
+        hidden_states = self.attention(hidden_states, layer)
+        hidden_states = self.add(residual, hidden_states)
+        residual = hidden_states
+        hidden_states = self.norm(hidden_states)
+        hidden_states = self.mlp(hidden_states, layer)
+        return self.add(residual, hidden_states)
+
+    def checkpoint(self, x: Value, layer: int) -> Value:
+        """A layer that keeps its input alone and is computed again in backward."""
+        kept = (x.block, x.rows, x.width, x.bytes, x.node is not None)
+        self.recording = False
+        out = self.layer(x, layer)
+        self.recording = True
+        pinned, self.pinned = self.pinned, []
+        size, out_width, bytes = out.size, out.rows * out.width, out.bytes
+
+        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept, pinned: object = pinned) -> Gradients:
+            *tensor, wanted = kept
+            leaf = Node(0, (), spent) if wanted else None
+            # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
+            scaled = []
+            if self.has_adapter(self.shape.linears[-1], layer):
+                wide = out_width * max(bytes, self.setting.adapter) if self.setting.dora else size
+                scaled = [self.block(wide) for _ in range(1 + (wide > size))]  # DoRA's is a cast's, and that scaled
+            self.again = True
+            again = self.layer(Value(*tensor, leaf), layer).node  # type: ignore[call-arg,arg-type]
+            self.again = self.stopped = False
+            del scaled
+            self.cast_weights.clear()
+            return (self.backward(again, given.pop(), leaf),)
+
+        del pinned
+        return self.apply((x,), out.rows, out.width, out.bytes, run, block=out.block, trained=True)
+
+    def forward(self) -> Value:
+        """Embedding, layers, norm, and the loss at target positions."""
+        shape, setting = self.shape, self.setting
+        inputs_embeds = self.embedded()
+        hidden_states = inputs_embeds
+        self.angle_bytes = inputs_embeds.bytes
+        self.angles = self.block(2 * self.tokens * shape.head_dim * self.angle_bytes)
+        every, lowest = setting.recomputed, 0 if inputs_embeds.node else setting.first_layer
+        for number in range(shape.layers):
+            step = self.checkpoint if every and number >= lowest and (number - lowest) % every == 0 else self.layer
+            hidden_states = step(hidden_states, number)
+        hidden_states = self.norm(hidden_states)
+        return self.loss(hidden_states)
+
+    def embedded(self) -> Value:
+        """Embeddings, behind those of a prompt. (NEFTune's noise is gone before anything large is there.)"""
+        shape, setting = self.shape, self.setting
+        trained = "embed_tokens" in setting.trained_ends
+        bytes = setting.ends if trained else setting.stored
+        table = shape.vocab * shape.hidden * bytes
+
+        def embed(_: list[Block]) -> Gradients:
+            grown = self.block(table, "gradients")
+            if self.waiting and not setting.autocast:
+                grown = self.block(table, "gradients")  # the head's is a view: added up out of place
+            self.waiting = None
+            self.keep(grown)
+            return ()
+
+        embedded = self.apply((), self.tokens - setting.prompt, shape.hidden, bytes, embed, trained=trained)
+        if setting.prompt:
+            learned = setting.prompt * shape.hidden * setting.adapter
+
+            def encode(_: list[Block]) -> Gradients:
+                self.keep(self.block(learned, "gradients"))
+                return ()
+
+            prompt = self.cast(self.apply((), setting.prompt, shape.hidden, setting.adapter, encode, trained=True), bytes)
+            embedded = self.apply((prompt, embedded), self.tokens, shape.hidden, bytes, lambda given: (given[0], given[0]))
+        return embedded
+
+    def loss(self, last_hidden_state: Value) -> Value:
+        """Cross-entropy in fp32 of the logits at targets: their logarithms are kept, and have a gradient of each kind in backward."""
+        shape, setting = self.shape, self.setting
+        size, rows = last_hidden_state.size, self.targets
+        hidden_states = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
+        trained = "lm_head" in setting.trained_ends
+        logits = self.matmul(hidden_states, shape.vocab, setting.ends if trained else setting.stored, trained, part="logits")
+        numbers = self.cast(logits, 4, "logits")
+        count = numbers.size
+        logarithms = self.block(count, "logits")
+
+        def run(_: list[Block], saved: Block = logarithms) -> Gradients:
+            return (self.block(count, "logits"),)
+
+        chosen = self.apply((numbers,), rows, shape.vocab, 4, run, block=logarithms)
+        del numbers, logarithms
+        return self.apply((chosen,), rows, 1, 4, lambda _: (self.block(count, "logits"),))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a forward and backward of one micro-batch takes, beside what was there before and stays."""
+
+    at_peak: tuple[tuple[str, float], ...]
+    """(part, bytes) when all of them together were most."""
+    written: float
+    """Bytes of all blocks."""
+    operators: int
+    random: float
+    """Numbers drawn for dropout."""
+
+
+@lru_cache(maxsize=4096)
+def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> Replayed:
+    """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
+    heap = Heap()
+    Step(heap, shape, setting, tokens, targets)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.random)

@@ -1,0 +1,135 @@
+"""The replay of a step (plan/replay.py) against the allocator's own ledger, on real models small enough to run in seconds.
+
+`python -m bench.memory` is the whole grid; here is every fourth configuration of it, each family, method and precision among them, and every second one of the rarer settings.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from bench.memory import MORE, PREFIX, PROMPT, Case, grid, measured, predicted
+from bench.published import Row, rows, table
+from tunesmith.config import Base, Compute
+from tunesmith.plan.memory import setting_of
+from tunesmith.plan.replay import Setting, Step
+from tunesmith.plan.shapes import KNOWN, ModelShape
+from tunesmith.plan.tape import Block, Heap
+
+CASES = [case for number, case in enumerate(grid()) if number % 4 == (number // 24) % 4 or (case.more and number % 2)]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, float]:
+    folder = tmp_path_factory.mktemp("models")
+    return {case: sum(predicted(case).values()) / measured(case, folder) - 1 for case in CASES}
+
+
+def test_the_cases_are_a_fair_part_of_the_grid() -> None:
+    assert len(grid()) == len(set(grid())) >= 60
+    for kind in ("family", "rank", "compute", "checkpointing", "accumulation", "halves"):
+        assert {getattr(case, kind) for case in CASES} == {getattr(case, kind) for case in grid()}, kind
+    for more in MORE:
+        assert sum(set(case.more) <= set(more) and bool(case.more) for case in CASES) >= 2, more
+
+
+@pytest.mark.filterwarnings("ignore")  # Accelerate, PEFT and the profiler have each something to say
+def test_the_peak_is_the_allocators(errors: dict[Case, float]) -> None:
+    sizes = {str(case): abs(error) for case, error in errors.items()}
+    assert median(sizes.values()) <= 0.005
+    assert max(sizes.values()) <= 0.04, max(sizes, key=lambda name: sizes[name])
+
+
+def replayed(shape: ModelShape, setting: Setting, tokens: int = 256, targets: int = 16) -> Heap:
+    heap = Heap()
+    Step(heap, shape, setting, tokens, targets)
+    return heap
+
+
+def test_everything_is_freed_in_the_end() -> None:
+    case = next(case for case in CASES if case.rank and case.checkpointing)
+    heap = replayed(case.shape, setting_of(case.shape, case.config(), cpu=True))
+    assert abs(heap.total) < 1
+    assert all(abs(size) < 1 for size in heap.live.values())
+    assert sum(heap.at_peak.values()) == pytest.approx(heap.peak)
+
+
+def test_a_block_lives_as_long_as_it_is_held() -> None:
+    heap = Heap()
+    first = Block(heap, 10, "weights")
+    second = Block(heap, 5, "logits")
+    assert (heap.total, heap.peak, heap.at_peak["logits"]) == (15, 15, 5)
+    del first
+    third = Block(heap, 7, "logits")
+    assert (heap.total, heap.peak) == (12, 15)
+    del second, third
+    assert heap.total == 0
+
+
+@pytest.mark.parametrize("base", [Base.as_is, Base.nf4, Base.int8])
+def test_a_large_model_takes_milliseconds(base: Base) -> None:
+    case = Case("llama", 16, Compute.bf16, True, 64, 1, 0.5)
+    config = case.config()
+    config.method.base = base
+    deep = replace(KNOWN["llama-3.1-8b"], layers=126)
+    start = time.perf_counter()
+    heap = replayed(deep, setting_of(deep, config))
+    assert time.perf_counter() - start < 2
+    assert heap.peak > 126 * 256 * 4096 * 2, "at least the input of each layer"
+
+
+def test_a_dequantised_weight_is_there_for_its_matmul_only() -> None:
+    shape, case = KNOWN["qwen2.5-7b"], Case("llama", 16, Compute.bf16, False, 64, 1, 0.5, halves=True)
+    config: Any = case.config()
+    config.method.base = Base.nf4
+    largest = 3584 * 18944 * 2
+    few = replayed(shape, setting_of(shape, config), tokens=8, targets=1)
+    assert few.at_peak["buffers"] == largest, "with few tokens it is the peak"
+    many = replayed(shape, setting_of(shape, config), tokens=4096, targets=2048)
+    assert many.at_peak["buffers"] == 0, "with many the logits are, and by then it is gone"
+
+
+def test_what_is_never_trained_keeps_nothing() -> None:
+    """Below the first adapter there is nothing to go back to."""
+    case = Case("llama", 16, Compute.fp32, False, 64, 1, 0.5)
+    setting = setting_of(case.shape, case.config(), cpu=True)
+    upper = replace(setting, first_layer=2)
+    assert replayed(case.shape, upper).peak < 0.65 * replayed(case.shape, setting).peak
+    assert replayed(case.shape, replace(setting, recomputed=2)).peak > replayed(case.shape, replace(setting, recomputed=1)).peak
+
+
+@pytest.mark.parametrize("more", [(PREFIX,), (PROMPT,)], ids=["prefix", "prompt"])
+def test_a_card_copies_virtual_keys_to_each_conversation(more: tuple[tuple[str, Any], ...]) -> None:
+    """And has a mask over them, so that it is never less than on a CPU, which shares them."""
+    case = Case("llama", 0, Compute.fp32, False, 64, 4, 0.1, more=more)
+    config = case.config()
+    config.data.max_tokens = 64
+    here, there = (replayed(case.shape, setting_of(case.shape, config, cpu=cpu)).peak for cpu in (True, False))
+    copies = 4 * (64 + 20) * 128 * 4  # rows x (own and virtual) x width x bytes
+    assert there > here + case.shape.layers * copies
+
+
+def test_dora_with_dropout_keeps_a_quantised_weight_whole() -> None:
+    """Its W x is a plain matmul with the dequantised weight, which backward needs: what nf4 saves is gone."""
+    case, shape = Case("llama", 16, Compute.bf16, False, 64, 1, 0.5, halves=True), KNOWN["qwen2.5-7b"]
+    config = case.config()
+    config.method.base, config.method.dora = Base.nf4, True
+    without = replayed(shape, setting_of(shape, config), tokens=8, targets=1)
+    config.method.dropout = 0.1
+    kept = replayed(shape, setting_of(shape, config), tokens=8, targets=1)
+    assert kept.peak - without.peak > 0.9 * shape.layers * shape.matmul_weights_per_layer * 2
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.what)
+def test_published_peaks_are_met(row: Row) -> None:
+    assert row.predicted_gb == pytest.approx(row.gb, rel=0.15)
+
+
+def test_the_page_prints_what_is_computed() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "hardware.md").read_text("utf-8")
+    assert table() in page
