@@ -126,7 +126,7 @@ print(time.process_time(), "torch" in sys.modules)
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 ONE_MISTAKE = {
-    "unknown key": ("optim.lrr=1", "override optim.lrr=1: optim.lrr: no such key — did you mean optim.lr? (valid in optim: lr, schedule, "),
+    "unknown key": ("optim.lrr=1", "override optim.lrr=1: optim.lrr: no such key — did you mean optim.lr? (valid in optim: name, lr, schedule, "),
     "unknown section": ("optimm.lr=1", "override optimm.lr=1: optimm.lr: no such key — did you mean optim? (valid: name, outputs, model, "),
     "key of another section": ("train.lr=1", "override train.lr=1: train.lr: no such key (valid in train: epochs, "),
     "part of a value": ("optim.lr.peak=1", "override optim.lr.peak=1: optim.lr is a single value and has no part 'peak'"),
@@ -135,7 +135,7 @@ ONE_MISTAKE = {
     "word for a switch": ("engine.offload=maybe", "override engine.offload=maybe: engine.offload: 'maybe' is not true or false"),
     "nothing": ("data.system=null", "override data.system=null: data.system: None is not text"),
     "word for a list": ("method.targets=q_proj", "override method.targets=q_proj: method.targets: 'q_proj' is not a list [a,b]"),
-    "value for a section": ("optim=5", "override optim=5: optim is a section, not a value — write optim.KEY=..., KEY one of lr, "),
+    "value for a section": ("optim=5", "override optim=5: optim is a section, not a value — write optim.KEY=..., KEY one of name, lr, "),
     "bad enum": ("optim.schedule=cosin", "override optim.schedule=cosin: optim.schedule: 'cosin' is not one of constant, linear, cosine"),
     "unknown choice": (
         "method=qlorra",
