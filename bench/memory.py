@@ -47,6 +47,7 @@ MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
     (("method.dora", True),),
     (("method.dora", True), ("method.targets", ("q_proj", "v_proj", "down_proj"))),
     (("method.first_layer", 1), ("engine.checkpoint_every", 2)),
+    (("method.last_layer", 0), ("engine.checkpoint_every", 2)),
     (("method.modules_to_save", ("embed_tokens", "lm_head")),),
     (("method.modules_to_save", ("lm_head",)), ("engine.checkpoint_every", 3)),
     (("method.modules_to_save", ("embed_tokens",)), ("method.first_layer", 1)),

@@ -46,6 +46,7 @@ METHODS = {
     "DoRA": ["method=lora", "method.dora=true"],
     "LoRA+": ["method=lora", "method.b_lr_ratio=4"],
     "LoRA from layer 1": ["method=lora", "method.first_layer=1"],
+    "LoRA to layer 0": ["method=lora", "method.last_layer=0"],
     "LoRA and embedding": ["method=lora", "method.modules_to_save=[embed_tokens]"],
     "QLoRA (NF4)": ["method=qlora"],
     "LoRA on INT8": ["method=lora_int8"],

@@ -203,6 +203,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"kind": MethodKind.full},
     "lora": {"r": 4},
     "upper layers": {"r": 4, "first_layer": 1},
+    "lower layers": {"r": 4, "last_layer": 0},
+    "v of the lowest": {"r": 4, "last_layer": 0, "targets": ["v_proj"]},
     "v of the upper layers": {"r": 4, "first_layer": 1, "targets": ["v_proj"]},
     "dora": {"r": 4, "dora": True},
     "dora of some": {"r": 4, "dora": True, "targets": ["q_proj", "up_proj"], "first_layer": 1},

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "rslora": True},
     "dora": {"r": 4, "dora": True},
     "upper layers": {"r": 4, "first_layer": 1},
+    "lower layers": {"r": 4, "last_layer": 0},
     "head and embedding": {"r": 4, "modules_to_save": ["embed_tokens"]},
     "nf4": {"r": 4, "base": Base.nf4},
     "int8": {"r": 4, "base": Base.int8},
@@ -364,6 +365,8 @@ def test_a_prompt_is_a_beginning_of_all() -> None:
         ({"kind": MethodKind.prompt, "first_layer": 3}, "method.first_layer=3: method.kind=prompt has no adapters"),
         ({"kind": MethodKind.prefix, "modules_to_save": ["lm_head"]}, "method.modules_to_save=lm_head: method.kind=prefix has no adapters"),
         ({"dora": True, "base": Base.int8}, "method.dora=true: PEFT loses an int8 layer's scales"),
+        ({"last_layer": 30}, "method.last_layer=30: smollm2-135m has layers 0 to 29, and method.first_layer=0 is the lowest with an adapter — type method.last_layer=-1"),
+        ({"first_layer": 3, "last_layer": 2}, "method.last_layer=2: smollm2-135m has layers 0 to 29, and method.first_layer=3 is the lowest with an adapter — type method.last_layer=-1"),
         ({"first_layer": 30}, "method.first_layer=30: smollm2-135m has layers 0 to 29, and none would get an adapter — type method.first_layer=15"),
         ({"modules_to_save": ["norm"]}, "method.modules_to_save=norm: not trained beside adapters — type some of embed_tokens, lm_head"),
         ({"kind": MethodKind.prompt, "virtual_tokens": 0}, "method.virtual_tokens=0: must be at least 1"),
@@ -378,7 +381,7 @@ def test_what_the_plan_refuses(method: dict[str, Any], says: str) -> None:
 
 
 def test_refused_where_the_files_are_read(tiny_model: Path) -> None:
-    with pytest.raises(Refusal, match=r"first_layer=2: this model has layers 0 to 1"):
+    with pytest.raises(Refusal, match=r"first_layer=2, method.last_layer=-1: this model has layers 0 to 1"):
         made(tiny_model, {"first_layer": 2})
     with pytest.raises(Refusal, match=r"modules_to_save=norm.*embed_tokens, lm_head"):
         made(tiny_model, {"modules_to_save": ["norm"]})

@@ -93,6 +93,17 @@ def test_real_texts(tokenizer: Tokenizer) -> None:
     assert encoded(Words(tokenizer), texts) == [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
+def test_it_is_used_from_the_first_text_on(tokenizer: Tokenizer) -> None:
+    """An empty memory is false, as every empty dict: nothing but the clock would show that it is passed over."""
+    tokenizer.add_special_tokens(["<|end|>"])
+    made = FastTokenizer(tokenizer.to_str())
+    assert made._words is not None and not made._words
+    made.encode_all(["a word"])
+    assert set(made._words) == {"a", " word"}
+    made.encode_all(["another<|end|>a blank"], split_special_tokens=False)
+    assert set(made._words) == {"a", " word", "another", " blank"}
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith.data import words as room
 

@@ -148,6 +148,8 @@ class Method:
     """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
     first_layer: int = 0
     """Lowest layer that gets adapters: below it nothing is kept for backward, nor computed there."""
+    last_layer: int = -1
+    """Highest layer that gets adapters; -1: the model's last."""
     modules_to_save: list[str] = field(default_factory=list)
     """Of embed_tokens and lm_head, what is trained in full beside the adapters, and saved with them."""
     virtual_tokens: int = 20

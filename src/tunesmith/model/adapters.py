@@ -46,8 +46,12 @@ def _lora(model: Any, config: Config) -> Any:
     if targets == ["all-linear"]:
         targets = sorted(_linear_names(model))  # PEFT takes layers_to_transform beside names only
     layers = model.config.num_hidden_layers
-    if method.first_layer >= layers:
-        raise Refusal(f"method.first_layer={method.first_layer}: this model has layers 0 to {layers - 1} — type method.first_layer=0")
+    last = layers - 1 if method.last_layer < 0 else method.last_layer
+    if not method.first_layer <= last < layers:
+        raise Refusal(
+            f"method.first_layer={method.first_layer}, method.last_layer={method.last_layer}: this model has layers 0 to {layers - 1} "
+            "— type method.first_layer=0 method.last_layer=-1"
+        )
     if unknown := sorted(set(method.modules_to_save) - set(ENDS)):
         raise Refusal(f"method.modules_to_save={','.join(unknown)}: not trained beside adapters — type some of {', '.join(ENDS)}")
     return LoraConfig(
@@ -56,7 +60,7 @@ def _lora(model: Any, config: Config) -> Any:
         lora_alpha=cast(int, method.alpha),
         lora_dropout=method.dropout,
         target_modules=targets,
-        layers_to_transform=list(range(method.first_layer, layers)) if method.first_layer else None,
+        layers_to_transform=list(range(method.first_layer, last + 1)) if last - method.first_layer + 1 < layers else None,
         use_rslora=method.rslora,
         use_dora=method.dora,
         modules_to_save=list(method.modules_to_save) or None,

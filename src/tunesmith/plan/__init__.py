@@ -427,6 +427,7 @@ def _words(config: Config) -> str:
     }[method.kind]
     if method.kind is MethodKind.lora:
         kind += f" from layer {method.first_layer}" if method.first_layer else ""
+        kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
         kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
     base = "" if method.base is Base.as_is else f" on {method.base.value}"
     return f"{kind}{base}, {config.precision.compute.value}, {_engine_words(config)}"

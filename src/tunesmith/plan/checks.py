@@ -60,6 +60,7 @@ _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         "must be at least 0 and below 1",
         lambda value: 0 <= value < 1,
     ),
+    ("method.last_layer", "must be a layer's number, or -1 for the last", lambda value: value >= -1),
     ("optim.min_lr_ratio optim.decay_share", "must be between 0 and 1", lambda value: 0 <= value <= 1),
 )
 
@@ -223,7 +224,7 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
         )
 
 
-ONLY_LORA = ("rslora", "dora", "b_lr_ratio", "first_layer", "modules_to_save")
+ONLY_LORA = ("rslora", "dora", "b_lr_ratio", "first_layer", "last_layer", "modules_to_save")
 """Settings of method that mean something to adapters alone."""
 
 
@@ -246,6 +247,12 @@ def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
         yield "method.dora=true: measures whole weights outside their layers, and ZeRO 3 leaves a part of each there — type engine.zero=2"
     if not shape:
         return
+    last = method.last_layer
+    if last >= shape.layers or 0 <= last < method.first_layer:
+        yield (
+            f"method.last_layer={last}: {shape.name} has layers 0 to {shape.layers - 1}, and method.first_layer={method.first_layer} "
+            "is the lowest with an adapter — type method.last_layer=-1"
+        )
     if method.first_layer >= shape.layers:
         yield (
             f"method.first_layer={method.first_layer}: {shape.name} has layers 0 to {shape.layers - 1}, and none would get an adapter "

@@ -90,8 +90,9 @@ def step_flops(
     embedding = "embed_tokens" in trained_ends or prompt > 0
     first = method.first_layer if method.kind is MethodKind.lora else 0
     lowest = 0 if embedding else first
+    adapted = shape.adapted_layers(method)
     layers = [
-        _layer(shape, method, adapted=number >= first, input_gradient=embedding or number > lowest) for number in range(shape.layers)
+        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest) for number in range(shape.layers)
     ]
     again = layers[lowest::checkpoint_every] if checkpointing else []
     per_score = 2 * shape.query_width  # one matmul over one score, all heads

@@ -132,6 +132,7 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         rank=method.r,
         adapted=frozenset(shape.adapted(method.targets)) if lora else frozenset(),
         first_layer=method.first_layer if lora else 0,
+        last_layer=shape.adapted_layers(method)[-1],
         dora=method.dora and lora,
         prefix=method.virtual_tokens if method.kind is MethodKind.prefix else 0,
         prompt=method.virtual_tokens if method.kind is MethodKind.prompt else 0,

@@ -43,7 +43,7 @@ def trained_tensors(shape: ModelShape, method: Method) -> Iterator[tuple[int, in
     elif method.kind is MethodKind.prefix:
         yield 1, method.virtual_tokens, shape.layers * 2 * shape.kv_width
     elif method.kind is MethodKind.lora:
-        layers = shape.layers - method.first_layer
+        layers = len(shape.adapted_layers(method))
         for _, inputs, outputs in shape.adapted(method.targets):
             yield layers, method.r, inputs
             yield layers, outputs, method.r

@@ -51,6 +51,7 @@ class Setting:
     rank: int = 0
     adapted: frozenset[Linear] = frozenset()
     first_layer: int = 0
+    last_layer: int = 2**31
     """Lowest layer with adapters."""
     dora: bool = False
     prefix: int = 0
@@ -228,7 +229,7 @@ class Step(Tape):
         return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
 
     def has_adapter(self, linear: Linear, layer: int) -> bool:
-        return layer >= self.setting.first_layer and linear in self.setting.adapted
+        return self.setting.first_layer <= layer <= self.setting.last_layer and linear in self.setting.adapted
 
     def dropped(self, x: Value) -> Value:
         if not self.setting.dropout:

@@ -116,6 +116,10 @@ class ModelShape:
         """Weights of rank-r adapters on all layers: r x (inputs + outputs) each (arXiv 2106.09685)."""
         return self.layers * sum(r * (inputs + outputs) for _, inputs, outputs in self.adapted(targets))
 
+    def adapted_layers(self, method: Method) -> range:
+        """Numbers of the layers that get adapters."""
+        return range(method.first_layer, self.layers if method.last_layer < 0 else min(method.last_layer + 1, self.layers))
+
     def trained_ends(self, method: Method) -> set[str]:
         """Which of embed_tokens and lm_head are trained in full: both where they are one; raises ValueError for an unknown name."""
         if method.kind is MethodKind.full:
@@ -137,7 +141,7 @@ class ModelShape:
         if method.dora:  # the length of each output's weights
             adapters += self.layers * sum(outputs for _, _, outputs in self.adapted(method.targets))
         ends = len(self.trained_ends(method))
-        return adapters // self.layers * (self.layers - method.first_layer) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
+        return adapters // self.layers * len(self.adapted_layers(method)) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
 
 
 def glm_targets(targets: Iterable[str]) -> list[str]:
