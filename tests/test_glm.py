@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import environment, launch, tiny_conversations
 from tests.test_model import CPU, config_for, examples, plain_loss
-from tests.test_plan import config_of
-from tunesmith.config import Base, Batching, Compute, Method, MethodKind, Model, Refusal
+from tunesmith.config import Base, Batching, Method, MethodKind, Model, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.data.layout import lay_out
 from tunesmith.model import build_model, load_tokenizer, read_adapter, save_model
@@ -35,7 +34,6 @@ from tunesmith.model import glm as room
 from tunesmith.model.glm import native_config, native_names, to_native, to_original, weight_files
 from tunesmith.model.source import model_folder, original_folder
 from tunesmith.plan.flops import step_flops
-from tunesmith.plan.memory import layer_activation_bytes
 from tunesmith.plan.shapes import KNOWN, shape_of
 from tunesmith.run import RunFolder
 from tunesmith.world import World
@@ -396,32 +394,6 @@ def test_flops_are_counted_to_the_last(publish: Callable[..., Path], method: Met
         F.cross_entropy(logits, ids.reshape(-1)[:targets], reduction="sum").backward()  # type: ignore[no-untyped-call]
     planned = step_flops(shape_of(str(folder)), method, [length] * rows, targets, checkpointing=checkpointing, attention="dense")
     assert planned.executed == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("method", [Method(kind=MethodKind.full), Method(r=8), Method(r=8, targets=["query_key_value"])], ids=["full", "all-linear", "qkv"])
-def test_activations_are_what_autograd_saves(publish: Callable[..., Path], method: Method) -> None:
-    rows, length = 2, 48
-    folder = publish(torch_dtype="float32")
-    native, shape = model_folder(Model(path=str(folder))), shape_of(str(folder))
-    module = build_model(config_for(native, kind=method.kind, r=method.r, targets=method.targets), native, CPU)
-    base = module.model.get_base_model() if method.kind is MethodKind.lora else module.model
-    base.set_attn_implementation("sdpa")
-    own = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        base.model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-    wanted = rows * length * shape.layers * layer_activation_bytes(shape, config_of(method=method, precision__compute=Compute.fp32))
-    wanted += shape.layers * 2 * length * 8 * 4  # cosines and sines of the 8 rotated dimensions: interleaved anew in each layer
-    if method.kind is MethodKind.full:
-        wanted += rows * length * (8 * shape.hidden + 4 + 8)  # the last norm; the token ids, for the embedding's gradient
-    assert sum(storage.nbytes() for storage in kept.values()) == wanted
 
 
 # --- written back --------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def step_seconds(
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero
-    own = trained / (world_size if deepspeed and zero else 1)
+    own = trained / (world_size if (deepspeed and zero) or config.engine.fsdp else 1)
     # AdamW reads weight, gradient and two moments and writes three of them, in fp32; with a copy in halves for the matmuls.
     update = own * (28 + (4 if deepspeed and compute == 2 else 0))
     if deepspeed and config.engine.offload:
