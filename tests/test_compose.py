@@ -32,9 +32,10 @@ MAIN = [sys.executable, str(ROOT / "train.py")]
 
 def machine_for(experiment: str) -> Machine:
     """The machine that an experiment is meant for: one of its card, or the cores and memory that its header promises."""
-    card = compose([f"+exp={experiment}"]).hardware.card
-    if card in CARDS:
-        return Machine("cuda", (CARDS[card].names[0],), (CARDS[card].memory_gib,), cores=8, ram_gib=32.0)
+    hardware = compose([f"+exp={experiment}"]).hardware
+    if hardware.card in CARDS:
+        card, count = CARDS[hardware.card], hardware.count or 1
+        return Machine("cuda", (card.names[0],) * count, (card.memory_gib,) * count, cores=8 * count, ram_gib=32.0 if count == 1 else 192.0)
     header = (ROOT / "conf" / "exp" / f"{experiment}.yaml").read_text()
     promised = re.search(r"(\d+) CPU cores, (\d+) GiB", header)
     assert promised, "the header of an experiment for a CPU says how many CPU cores and GiB it takes"
@@ -61,9 +62,9 @@ def test_every_experiment_plans_for_its_machine(experiment: str, monkeypatch: py
     monkeypatch.setenv(FAKE_MACHINE, json.dumps(asdict(machine)))
     assert this_machine() == machine
     config = compose([f"+exp={experiment}"])
-    plan = make_plan(config, this_machine(), world_size=1)  # refuses, listing its problems, if there are any
+    plan = make_plan(config, this_machine(), config.hardware.count or 1)  # refuses, listing its problems, if there are any
     assert plan.name == experiment
-    assert plan.conversations_per_step == plan.micro_batch * plan.accumulation
+    assert plan.conversations_per_step == plan.micro_batch * plan.accumulation * plan.world_size
     assert 0 < plan.memory_gib <= plan.memory_limit_gib
     assert plan.card == config.hardware.card
 

@@ -14,8 +14,6 @@ from tests.test_resume import QUIET, trained, with_fault
 pytestmark = pytest.mark.launch
 
 METHODS = {
-    "prefix": ["method=prefix", "method.virtual_tokens=5"],
-    "prompt": ["method=prompt", "method.virtual_tokens=5"],
     "LoRA+ and the embedding": ["method.b_lr_ratio=4", "method.modules_to_save=[embed_tokens]"],
 }
 

@@ -49,8 +49,8 @@ def dev_losses(done: Finished) -> dict[int, float]:
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("launcher", "ranks", "words"),
-    [("plain", 2, ["engine=accelerate"]), ("plain", 2, ["engine=deepspeed", "engine.zero=2"])],
-    ids=["DDP", "ZeRO-2"],
+    [("plain", 2, ["engine=deepspeed", "engine.zero=2"])],
+    ids=["ZeRO-2"],
 )
 def test_ends_early_with_the_best_and_resumes(launcher: str, ranks: int, words: list[str], overrides: list[str], tmp_path: Path) -> None:
     words = [*overrides, *WORDS, *words, "train.patience=3", "train.keep=1"]

@@ -40,10 +40,9 @@ def trained(done: Finished) -> str:
         ("deepspeed", 1, ["engine=deepspeed"], signal.SIGINT, 0),
         ("torchrun", 2, ["engine=accelerate"], signal.SIGUSR1, 1),
         ("plain", 2, ["engine=deepspeed"], signal.SIGUSR1, 1),
-        ("plain", 2, ["engine=deepspeed", "engine.offload=true"], signal.SIGUSR1, 0),
         ("plain", 2, ["engine=deepspeed", "engine.zero=3"], signal.SIGTERM, 1),
     ],
-    ids=["one process", "DeepSpeed", "DDP", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3"],
+    ids=["one process", "DeepSpeed", "DDP", "ZeRO-2", "ZeRO-3"],
 )
 def test_stop_and_resume_is_bitwise(
     launcher: str, ranks: int, engine: list[str], stop_signal: int, rank: int, overrides: list[str], tmp_path: Path

@@ -150,7 +150,7 @@ def device_for(world: World, config: Config) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def join(config: Config, world: World, device: torch.device, threads: int, restarts: int) -> None:
+def join(config: Config, world: World, device: torch.device, threads: int, restarts: int = 0) -> None:
     """Meet the other ranks. Everything slow (data, conversion) is done before, so nobody waits for work here.
 
     restarts: how often these processes have met before; torchrun's store outlives them, and keeps what they wrote.
