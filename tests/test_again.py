@@ -66,6 +66,8 @@ def test_the_record_is_kept_until_somebody_removes_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Restarts, "replace_process", lambda self: replaced.append(self.world.rank))
     other.begin_again(OutOfMemory(7, "backward", 6, torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")))
     assert main.is_asked() and replaced == [1]
+    main.begin_again(OutOfMemory(7, "backward", 6, torch.OutOfMemoryError()))
+    assert replaced == [1, 0], "both ran out: it counts once"
     main, other = Restarts(tmp_path, World(0, 2)), Restarts(tmp_path, World(1, 2))
     assert (main.count, main.micro_batch) == (1, 3) and not main.is_asked()
     with pytest.raises(TimeoutError, match="rank 0 did not start again"):

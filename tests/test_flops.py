@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.test_model import config_for
-from tunesmith.config import Batching, Method, MethodKind
+from tunesmith.config import Base, Batching, Method, MethodKind
 from tunesmith.data.layout import Example, lay_out
 from tunesmith.model import build_model
 from tunesmith.plan.flops import Attention, Flops, step_flops
@@ -246,3 +246,17 @@ def test_a_run_executes_what_the_plan_says(method: dict[str, Any], recomputed: i
     )  # fmt: skip
     assert counter.get_total_flops() == planned.executed
     assert planned.executed >= planned.useful > 0
+
+
+@pytest.mark.parametrize(("base", "forwards", "backwards"), [(Base.nf4, 1, 1), (Base.int8, 0, 1), (Base.as_is, 0, 0)])
+def test_dequantisation_is_executed_and_not_needed(base: Base, forwards: int, backwards: int) -> None:
+    """A product for each weight and use, once a micro-batch; the lowest layer's q, k and v pass nothing back."""
+    shape, lengths = KNOWN["smollm2-135m"], [60] * 8
+    plain, stored = (step_flops(shape, Method(base=kind), lengths, 100, micro_batches=4) for kind in (Base.as_is, base))
+    linear = sum(inputs * outputs for _, inputs, outputs in shape.linears)
+    lowest = sum(inputs * outputs for _, inputs, outputs in shape.blocks[0])
+    assert stored.useful == plain.useful
+    assert stored.executed - plain.executed == 4 * (forwards * shape.layers * linear + backwards * (shape.layers * linear - lowest))
+    again = step_flops(shape, Method(base=base), lengths, 100, micro_batches=4, checkpointing=True)
+    once = step_flops(shape, Method(), lengths, 100, micro_batches=4, checkpointing=True)
+    assert again.executed - once.executed == stored.executed - plain.executed + 4 * forwards * shape.layers * linear

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,13 +95,17 @@ class Restarts:
                 f"({short}) — engine.checkpointing=true, method.base=nf4 or a smaller data.max_tokens need less; the same command goes on"
             )
         event = {"rank": self.world.rank, "step": short.step, "phase": short.phase, "micro_batch": short.micro_batch, "error": str(short)}
-        write_json(self.path, {"micro_batch": short.micro_batch // 2, "events": [*self.events, event], "started": self.count})
+        if not self.is_asked():  # ranks of one cost run out together, and one time counts once
+            with suppress(FileNotFoundError):  # another was faster with the same
+                write_json(self.path, {"micro_batch": short.micro_batch // 2, "events": [*self.events, event], "started": self.count})
         self.replace_process()
 
     def replace_process(self) -> NoReturn:
         """Become a new process with the number, the command and the environment of this one."""
         sys.stdout.flush()
         sys.stderr.flush()
-        # The process group's sockets, the card, and the pipe to W&B's process, which ends with it.
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):  # the list's own is closed already
+                if number > 2:  # sockets of the process group, the card, and the pipe to W&B's process, which ends with it
+                    os.close(number)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _ENVIRONMENT)

@@ -178,7 +178,12 @@ def join(config: Config, world: World, device: torch.device, threads: int, resta
 
 
 def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, device: torch.device) -> Engine:
-    """The engine that engine.kind names, around a model that already lies on this rank's device."""
+    """The engine that engine.kind names, around a model that already lies on this rank's device.
+
+    Raises RuntimeError if a trainable weight is not fp32: small updates vanish in halves, whatever library left it so.
+    """
+    if halves := [name for name, weight in module.named_parameters() if weight.requires_grad and weight.dtype is not torch.float32]:
+        raise RuntimeError(f"{len(halves)} trainable weights are not fp32 (first: {halves[0]})")
     if config.engine.kind is EngineKind.deepspeed:
         from tunesmith.engine.deepspeed import DeepSpeedEngine
 

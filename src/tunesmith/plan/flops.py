@@ -1,9 +1,10 @@
 """Matmul FLOPs of one optimizer step in closed form: what the mathematics needs, and what the kernels execute.
 
 A matmul of n tokens with a weight of a x b is 2 n a b FLOPs. Everything else (norms, softmax, rotary embedding, the
-embedding lookup, dequantisation, the optimizer) is limited by memory and counts nothing, as in PaLM's MFU (arXiv
-2204.02311, appendix B). What autograd skips is not counted either: a frozen weight has no weight gradient, which makes
-LoRA about 4N instead of 6N a token, and nothing flows below the lowest trained layer.
+embedding lookup, the optimizer) is limited by memory and counts nothing, as in PaLM's MFU (arXiv 2204.02311, appendix B);
+but for dequantisation, which is executed only: a product with its scale for each weight and use. What
+autograd skips is not counted either: a frozen weight has no weight gradient, which makes LoRA about 4N instead of 6N a
+token, and nothing flows below the lowest trained layer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.config import Method, MethodKind
+from tunesmith.config import Base, Method, MethodKind
 from tunesmith.plan.shapes import Linear, ModelShape
 
 Attention = Literal["flash", "dense"]
@@ -45,6 +46,9 @@ class _Layer:
     """A token's that DoRA does besides (executed only): with dropout on x, W x once more on the dropped one."""
     dora_norms: int = 0
     """Once a forward, whatever its tokens: DoRA multiplies B A out, to measure the rows of W + scale B A (executed only)."""
+    scaled_forward: int = 0
+    scaled_backward: int = 0
+    """Once a micro-batch: weights that are dequantised (executed only). LLM.int8's forward multiplies integers."""
 
 
 def step_flops(
@@ -113,7 +117,7 @@ def step_flops(
     executed: float = per_logit * (targets if logits_positions is None else logits_positions)
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
-        executed += layer.dora_norms * micro_batches
+        executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
@@ -122,7 +126,8 @@ def step_flops(
             inside = outside
         executed += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
     for layer in again:
-        executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded) + layer.dora_norms * micro_batches
+        executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded)
+        executed += (layer.dora_norms + layer.scaled_forward) * micro_batches
         executed += per_score * 2 * (learned + outer + own)
     return Flops(useful, executed)
 
@@ -134,14 +139,16 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     """
     full, dora = method.kind is MethodKind.full, method.dora
     with_adapter = set(shape.adapted(method.targets)) if adapted and method.kind is MethodKind.lora else set()
-    forward = backward = dora_forward = dora_backward = dora_norms = 0
+    forward = backward = dora_forward = dora_backward = dora_norms = scaled_forward = scaled_backward = 0
 
     def run(linear: Linear, wanted: bool) -> bool:
         """Count one linear layer; wanted: its input wants a gradient. Says whether its output has one to pass back."""
-        nonlocal forward, backward, dora_forward, dora_backward, dora_norms
+        nonlocal forward, backward, dora_forward, dora_backward, dora_norms, scaled_forward, scaled_backward
         _, inputs, outputs = linear
         forward += 2 * inputs * outputs
         backward += 2 * inputs * outputs * (wanted + full)
+        scaled_forward += inputs * outputs * (method.base is Base.nf4)
+        scaled_backward += inputs * outputs * (method.base is not Base.as_is) * wanted
         if linear in with_adapter:  # y += B(Ax): B's and A's gradients, B^T g on the way to A, and A^T B^T g if wanted
             forward += 2 * method.r * (inputs + outputs)
             backward += 2 * method.r * (2 * outputs + (1 + wanted) * inputs)
@@ -163,4 +170,7 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     saved_last = 2 * inputs * outputs
     if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
         saved_last = 0 if dora else 2 * method.r * outputs
-    return _Layer(forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms)
+    return _Layer(
+        forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
+        scaled_forward, scaled_backward,
+    )  # fmt: skip
