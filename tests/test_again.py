@@ -27,7 +27,6 @@ def with_shortage(launcher: str, words: list[str], ranks: int, fault: str, folde
 @pytest.mark.parametrize(
     ("launcher", "ranks", "engine", "fault"),
     [
-        ("python", 1, ["engine=accelerate"], "0:2:oom_backward"),
         ("torchrun", 2, ["engine=accelerate"], "1:2:oom_backward"),
         ("deepspeed", 2, ["engine=deepspeed", "engine.zero=3"], "1:0:oom_backward"),
         ("plain", 2, ["engine=accelerate", "train.save_every=1"], "0:2:oom_forward"),
