@@ -210,7 +210,7 @@ class Step(Tape):
             weight = self.block(x.width * outputs * bytes, "buffers")
         x = self.cast(x, bytes)
         saved, size = weight if x.node else None, x.size
-        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]  # holds it
 
     def has_bias(self, name: str) -> bool:
         return self.shape.qkv_bias if name in ("q_proj", "k_proj", "v_proj") else self.shape.out_bias and name == "o_proj"
@@ -263,7 +263,7 @@ class Step(Tape):
 
     def silu(self, x: Value) -> Value:
         saved, size = x.block, x.size
-        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]  # holds it
 
     def norm(self, x: Value, groups: int = 1) -> Value:
         """RMSNorm over each of `groups` parts of the width, computed in fp32."""
