@@ -341,6 +341,8 @@ class Hardware:
     """Peak for MFU: table (the card's datasheet; measured on a CPU), measure (a matmul at start, cached), or a number of FLOPS."""
     threads: int = 0
     """CPU threads a rank; 0: the cores divided by the local ranks."""
+    network_gbit_per_s: float = 0.0
+    """Network of a machine, one way, for the plan of a run on several; 0: 25 is assumed."""
     price_per_h: float = 0.0
     """Price of one rank's card (or share of a CPU machine) an hour, in any currency: the plan then says what the run costs."""
 

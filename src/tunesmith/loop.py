@@ -178,8 +178,9 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
     shared = work.conversation_tokens - real
     # Each rank counts its own part: with 1,024 ranks, to count all would take longer than to compute one.
     own = [work.conversations, computed, computed - real, shared, work.targets, flops.useful, flops.executed]
-    *counts, useful, executed = parts.engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-    rate = Rate(*map(int, counts), useful, executed)
+    total = parts.engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    conversations, tokens, padding, saved, learned = map(int, total[:5])
+    rate = Rate(conversations, tokens, padding, saved, learned, total[5], total[6])
     return {
         "train/loss": outcome.loss,
         "train/lr": lr,

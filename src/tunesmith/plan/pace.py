@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.hardware import Card
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
+from tunesmith.plan.network import network_bytes_per_s, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import ModelShape
@@ -76,6 +77,7 @@ def step_seconds(
     card: Card | None,
     world_size: int,
     *,
+    local_size: int = 0,
     flops: float,
     peak_flops: float,
     tokens: int,
@@ -85,8 +87,9 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
-    flops: executed by this rank in a step. tokens: of one of its `accumulation` micro-batches. card None: a CPU. trained: weights
-    that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of them).
+    local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step. tokens: of one of its
+    `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
+    with a loss (None: TARGET_SHARE of them).
     """
     speed, compute = speed_of(card, config.precision.compute), BYTES[config.precision.compute]
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
@@ -105,24 +108,9 @@ def step_seconds(
         optimizer = update / MAIN_MEMORY + moved
     else:
         optimizer = update / speed.bytes_per_s
-    sent = _sent_bytes(shape, config, world_size, accumulation, trained)
-    return {
-        "matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": sent / speed.link_bytes_per_s,
-    }  # fmt: skip
-
-
-def _sent_bytes(shape: ModelShape, config: Config, world_size: int, accumulation: int, trained: int) -> float:
-    """Bytes that one rank sends in a step; rings send (n - 1) / n of a tensor for a reduce-scatter or an all-gather."""
-    compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
-    zero = 3 if config.engine.fsdp else config.engine.zero if deepspeed else 0
-    ring = (world_size - 1) / world_size
-    gradients = trained * (compute if deepspeed else 4) * ring
-    if zero == 0:
-        return 2 * gradients  # all-reduce
-    if zero == 3:  # all weights are gathered for each forward and each backward
-        return accumulation * (2 * shape.total_weights * compute * ring + gradients)
-    reduced = accumulation if zero == 2 else 1
-    return reduced * gradients + trained * compute * ring
+    sent = traffic(shape, config, world_size, accumulation, trained)
+    waited = sent.seconds(world_size, local_size or world_size, speed.link_bytes_per_s, network_bytes_per_s(config))
+    return {"matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": waited}
 
 
 def checkpoint_gib(shape: ModelShape, config: Config) -> tuple[float, float]:
