@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
-from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.hardware import measure_cpu, prepare_environment, this_machine
 from tunesmith.plan import beside, describe, make_plan, shape_needs_files
 from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
 from tunesmith.world import World, this_world
@@ -48,6 +48,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     data.prepare_files(config)
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
+    if plan.card == "cpu":
+        measure_cpu(config.hardware.peak, machine, config.precision.compute.name, plan.threads)
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
         longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,

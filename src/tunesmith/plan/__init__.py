@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
-from tunesmith.hardware import Machine, peak_flops
+from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
@@ -250,6 +250,7 @@ def _plan(
         seconds = step_seconds(
             shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size, peak_flops=peak,
             tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
+            overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip
     plan = Plan(
         name=config.name,
