@@ -41,10 +41,10 @@ class Speed:
 # A CPU: shares of what `hardware.overheads` measures there, by least squares over every second configuration of bench/pace.py on two
 # cores of an AMD EPYC with AVX-512 (2026-11-24). A small model's matmuls reach a part of the peak of 2048 x 2048, less of the higher one
 # in bf16. An operator of a model is several calls of Python; its blocks are in a cache less often than two of 4 MB.
-CPU_MATMUL = {Compute.fp32: 0.71, Compute.bf16: 0.26, Compute.fp16: 0.26}
-CPU_BANDWIDTH = 0.26
-CPU_OPERATOR = 4.0
-CPU_RANDOM = 1.3
+CPU_MATMUL = {Compute.fp32: 0.60, Compute.bf16: 0.24, Compute.fp16: 0.24}
+CPU_BANDWIDTH = 0.28
+CPU_OPERATOR = 4.6
+CPU_RANDOM = 1.0
 TYPICAL = Overheads(190e9, 2.6e-6, 4.1e-9)
 """Of that machine, for one where nothing has been measured yet."""
 CPU_LINK = 1.5e9
