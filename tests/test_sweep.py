@@ -1,30 +1,23 @@
-"""Sweeps: trials as Hydra makes them, checked all at once, run under real launchers, resumed, searched, and driven by W&B's own agent."""
+"""Sweeps: trials as Hydra makes them, checked all at once, run under real launchers, and typed again; what `wandb sweep` is given."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from http.server import ThreadingHTTPServer
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from launcher.sweep import classified, plan_trials, table, trials
 from launcher.sweep import Outcome as Ended
+from launcher.sweep import classified, plan_trials, table, trials
 from tests.conftest import ROOT, environment
-from tests.test_metrics import ACCOUNT, Server
 from tunesmith.compose import choices, compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import Machine
-from tunesmith.metrics import read_metrics
-from tunesmith.plan import make_plan
 
 QUIET = ["engine=accelerate", "eval.before=false", "eval.after=false"]
 SMALL = Machine(kind="cpu", cores=2, ram_gib=16.0)
@@ -136,3 +129,19 @@ def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_
     assert "trial 1 of 2: diverged" in again.stdout
     assert "trial 2 of 2: completed" in again.stdout and "was complete" in again.stdout
     assert records == {path: path.read_bytes() for path in records}
+
+
+# --- W&B's sweeps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_sweeps_of_wandb_start_the_launcher_with_settings_that_exist(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text("utf-8"))
+    command, end = sweep["command"], "${args_no_hyphens}"
+    assert command[:4] == ["${env}", "python", "-m", "launcher"] and command[-1] == end, "several ranks a trial"
+    assert sweep["metric"] == {"name": "dev/loss", "goal": "minimize"}
+    words = command[4:-1]
+    for key, space in sweep["parameters"].items():
+        words.append(f"{key}={space['values'][0] if 'values' in space else space['min']}")
+    config = compose(words)
+    assert config.tracker.kind.name == "wandb" and config.tracker.mode.name == "online"

@@ -236,6 +236,7 @@ def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
             with (run.path / "first_error.txt").open("x") as file:
                 file.write(f"rank {world.rank} on {world.node}\n{traceback.format_exc()}")
         except FileExistsError:
+            time.sleep(0.2)  # ranks often fail in the same moment: what the first one writes may not be in its file yet
             first = (run.path / "first_error.txt").read_text().splitlines() or ["another rank"]
             run.set_status("failed", error=first[-1])
             print(f"tunesmith: rank {world.rank} ends because {first[0]} failed first", file=sys.stderr)
