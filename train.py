@@ -7,6 +7,8 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
@@ -22,10 +24,16 @@ sys.argv[1:] = drop_local_rank(sys.argv[1:])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float | None:
     world = this_world()
+    hydra_says = HydraConfig.get()
+    if hydra_says.mode is RunMode.MULTIRUN and world.size == 1:
+        from launcher.sweep import run_in_child
+
+        return run_in_child(typed(composed), hydra_says.overrides.task, this_machine())
     with failures(world) as failing:
         run(typed(composed), world, failing)
+    return None
 
 
 def run(config: Config, world: World, failing: list[RunFolder]) -> None:
@@ -39,6 +47,9 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     plan = make_plan(config, machine, world.size, local_size=world.local_size, model_folder=base)
     folder = RunFolder.of(config, plan, world)
     if folder.say_if_complete():
+        from tunesmith.metrics import hand_over_again
+
+        hand_over_again(config, folder)
         return
 
     prepare_environment(on_cpu=plan.card == "cpu")

@@ -131,7 +131,7 @@ class RunFolder:
         write_text(self.path / "command.txt", command_line(self.world) + "\n")
         write_json(self.path / "plan.json", plan_record(plan))
         write_json(self.path / "environment.json", environment(self.world))
-        self.set_status("running", data=data_fingerprint, steps=plan.steps)
+        self.set_status("running", data=data_fingerprint, steps=plan.steps, pid=os.getpid(), node=self.world.node)
         self.restarts.note_start()
 
     def evaluation(self, name: str, work: Callable[[], dict[str, Any]], wanted: bool) -> dict[str, Any]:
@@ -236,8 +236,10 @@ def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
             with (run.path / "first_error.txt").open("x") as file:
                 file.write(f"rank {world.rank} on {world.node}\n{traceback.format_exc()}")
         except FileExistsError:
-            first = (run.path / "first_error.txt").read_text().splitlines()[0]
-            print(f"tunesmith: rank {world.rank} ends because {first} failed first", file=sys.stderr)
+            time.sleep(0.2)  # ranks often fail in the same moment: what the first one writes may not be in its file yet
+            first = (run.path / "first_error.txt").read_text().splitlines() or ["another rank"]
+            run.set_status("failed", error=first[-1])
+            print(f"tunesmith: rank {world.rank} ends because {first[0]} failed first", file=sys.stderr)
             return
         except OSError:
             pass  # the folder itself is the trouble: print below
