@@ -88,7 +88,7 @@ SINFO = "gpu*|2|gpu:a10:4(S:0-1)|2-00:00:00|up\nold|1|gpu:t4:1|1:00:00|up\ncpu|8
     [
         (["+exp=lora_a10"], 1, None),
         (["+exp=full_a10x4"], 2, None),
-        (["+exp=lora_a10"], 3, "nodes=3: partition gpu has 2 nodes with gpu:a10 — type nodes=2"),
+        (["+exp=lora_a10"], 4, "nodes=4: partition gpu has 2 nodes with gpu:a10 — type nodes=2"),
         (["+exp=qlora_t4"], 1, "hardware.gres=gpu:t4: 1 a node are needed, partition gpu has gpu:a10:4 — type hardware.gres=gpu:a10"),
         (["+exp=lora_a10", "slurm.partition=broken"], 1, "slurm.partition=broken: no such partition — type slurm.partition= one of cpu, gpu, old"),
         (["+exp=qlora_t4", "slurm.partition=old"], 1, "slurm.time=24:00:00: partition old allows 1:00:00 — type slurm.time=1:00:00"),
