@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from launcher.watch import free_port
 from tunesmith.compose import CONF, compose, explain
 from tunesmith.config import Config, Refusal
 from tunesmith.doctor.inputs import data_findings
@@ -68,7 +68,7 @@ class Outcome:
     """How a trial ended."""
 
     state: str
-    """completed, stopped, pruned, refused, out of memory, diverged, killed, failed, or not started."""
+    """completed, stopped, pruned, refused, oom, nan, killed, failed, or not started."""
     why: str = ""
     loss: float | None = None
     """Held-out loss of a completed run's result, or the last one of a pruned run; nats a target token."""
@@ -226,28 +226,19 @@ def classified(code: int, before: Mapping[str, Any], after: Mapping[str, Any], f
     The status comes before the exit code, which launchers change: torchrun's is 1 whatever a rank leaves with.
     """
     state = after.get("state")
-    error = str(after.get("error", "")) if state == "failed" else first if state == "running" else ""
     if after == before:  # it never came to its run folder
         if code == REFUSED:
             return "refused", "see above"
         return ("stopped", "before it began") if code in (STOPPED, -signal.SIGTERM) else ("failed", f"exit code {code} before it began")
     if state == "completed":
         return "completed", str(after.get("ended", ""))
-    if state == "stopped":
+    if state in ("stopped", "preempted"):
         return "stopped", f"at step {after.get('step')}"
-    if error:
-        if "out of memory" in error:
-            return "out of memory", error
-        return ("diverged" if error.startswith("FloatingPointError") else "failed"), error
+    if state in ("oom", "nan", "failed"):
+        return state, str(after.get("error", ""))
+    if first:  # of the rank that failed first, whose launcher ended it before it could write the status
+        return ("nan" if first.startswith("FloatingPointError") else "failed"), first
     return ("refused", "see above") if code == REFUSED else ("killed", f"exit code {code}, without a last word; its checkpoints are there")
-
-
-def free_port() -> int:
-    """A port that nobody has, so that two runs on one machine do not meet at a launcher's 29500."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def held_out_loss(trial: Trial) -> float | None:
@@ -300,7 +291,7 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
         if stop.times:
             outcomes.append(Outcome("not started"))
             continue
-        full = command(trial.words, free_port())
+        full = command(trial.words, free_port(29500))
         print(f"\ntrial {number} of {len(planned)}: {trial.said}\n{shlex.join(full)}", flush=True)
         outcomes.append(run_trial(trial, full, stop))
         print(f"trial {number} of {len(planned)}: {_in_words(outcomes[-1])}", flush=True)

@@ -129,7 +129,8 @@ def train(parts: Training, done: int) -> tuple[int, str]:
             saved = parts.checkpoints.save(done)
             if stopping:
                 kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
-                raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on", done)
+                told = f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on"
+                raise Stopped(told, done, stopping)
     parts.stop.disarm()
     return done, _ending(parts, done)
 
