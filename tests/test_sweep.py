@@ -120,13 +120,13 @@ def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_
     words = [*overrides, *QUIET, "--ranks", "2", "--via", "torchrun", "train.steps=3", "optim.warmup_steps=0", "optim.lr=1e30,1e-2"]
     done = launcher(words)
     assert done.returncode == 1, done.stdout
-    assert "trial 1 of 2: diverged, FloatingPointError: step 2: loss nan" in done.stdout
+    assert "trial 1 of 2: nan, FloatingPointError: step 2: loss nan" in done.stdout
     assert "trial 2 of 2: completed, dev/loss" in done.stdout
     assert "best     trial 2 with dev/loss" in done.stdout
     assert sorted(states(tmp_path / "outputs").values()) == ["completed", "failed"]
     records = {path: path.read_bytes() for path in tmp_path.glob("outputs/*/*/adapter/*.safetensors")}
     again = launcher(words)
-    assert "trial 1 of 2: diverged" in again.stdout
+    assert "trial 1 of 2: nan" in again.stdout
     assert "trial 2 of 2: completed" in again.stdout and "was complete" in again.stdout
     assert records == {path: path.read_bytes() for path in records}
 
