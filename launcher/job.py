@@ -134,6 +134,8 @@ def conclude(run: RunFolder, ended: Ended) -> int:
     if state == "completed":
         return CODES[state]
     if state in ("failed", "oom", "nan"):
+        if state == "failed" and gone_silently(ended):  # what the others then said is but its consequence
+            run.set_status(state, error=ended.lost, rank=None, node=None)
         return CODES[state]
     if ended.code == REFUSED and state == "pending":
         run.set_status("failed", reason="refused", error=ended.tail.rpartition("tunesmith: ")[2][:500])
@@ -167,6 +169,11 @@ def reason_of(job: Mapping[str, str], ended: Ended, now_s: float) -> str:
     if "does not answer any more" in ended.lost or "Node failure" in ended.tail or "NODE FAIL" in ended.tail:
         return "node lost"
     return f"signal {ended.signal}" if ended.signal and ended.signal != SIGTERM else "cancelled" if ended.signal else "failed"
+
+
+def gone_silently(ended: Ended) -> bool:
+    """Whether the first rank to end was killed, or its node fell silent, so that it could not say why."""
+    return ended.lost.endswith(("was killed", "does not answer any more"))
 
 
 def near_end(job: Mapping[str, str], now_s: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,8 +47,12 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm says of a job."""
-        shown = self.run("scontrol", "-o", "show", "job", job).stdout.splitlines()[0]
-        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+        return self.tasks(job)[0]
+
+    def tasks(self, job: str) -> list[dict[str, str]]:
+        """What Slurm says of each task of an array; a job alone is one."""
+        shown = self.run("scontrol", "-o", "show", "job", job).stdout.splitlines()
+        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in shown]
 
     def outside(self, folder: Path) -> Path:
         """Where a folder of the cluster is for the test."""
@@ -64,19 +69,26 @@ class Cluster:
         pytest.fail(f"not within {timeout_s} s\n{known}\n{self.told()}")
 
     def ended(self, job: str, timeout_s: float = 90) -> str:
-        """Wait for a job's end, and give its state as Slurm calls it."""
-        going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED")
-        return str(self.until(lambda: (state := self.job(job)["JobState"]) not in going and state, [job], timeout_s))
+        """Wait for a job's end, and give its state as Slurm calls it; that of a task that did not complete, if any."""
+        going = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"}
+
+        def state() -> str:
+            found = {task["JobState"] for task in self.tasks(job)}
+            return "" if found & going else max(found, key=lambda name: name != "COMPLETED")
+
+        return str(self.until(state, [job], timeout_s))
 
     def told(self) -> str:
         """The last lines of what all jobs have printed."""
         files = sorted((self.state / "shared").rglob("*.out"), key=lambda path: path.stat().st_mtime)
         return "\n".join(f"--- {path}\n{path.read_text()[-4000:]}" for path in files[-2:])
 
-    def ranks(self) -> list[str]:
-        """Command lines of train.py's processes on all nodes."""
-        listed = self.run("ps", "-eo", "pid=,args=").stdout.splitlines()
-        return [line for line in listed if "train.py" in line and "launcher" not in line]
+    def ranks(self, node: str = "") -> list[str]:
+        """Process ids of the ranks on a node, or on all, as the login node counts them."""
+        listed = self.run("ps", "--no-headers", "-eo", "pid,utsns,args", "-ww").stdout.splitlines()
+        rows = [row.split(maxsplit=2) for row in listed]
+        home = next((place for _, place, words in rows if f"cluster.sh node {node}" in words and words.startswith("bash")), "")
+        return [pid for pid, place, words in rows if re.match(r"\S*python\S* (-u )?\S*/train\.py ", words) and (not node or place == home)]
 
 
 @pytest.fixture(scope="session")

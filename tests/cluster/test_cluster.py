@@ -14,6 +14,7 @@ from tests.cluster.conftest import SHARED, Cluster
 pytestmark = pytest.mark.launch
 
 TWO_BY_TWO = ("--nodes", "2", "--ranks", "2")
+STEPS = 40
 LONG = ["train.steps=100000", "train.save_every=0", "slurm.in_pieces=true"]
 """Words for a run that a test will end."""
 
@@ -28,7 +29,7 @@ class Run:
         self.words = [
             "engine=deepspeed", "engine.zero=2", f"name={name}", f"outputs={SHARED / 'outputs'}", f"data.cache={SHARED / 'cache'}",
             "model=local", f"model.path={SHARED / 'model'}", "data=local", f"data.folder={SHARED / 'data'}", "data.train=train.json",
-            "data.dev=dev.json", "train.steps=7", "train.conversations_per_step=8", "train.save_every=0", "train.eval_every=0",
+            "data.dev=dev.json", f"train.steps={STEPS}", "train.conversations_per_step=8", "train.save_every=0", "train.eval_every=0",
             "optim.lr=1e-2", "optim.warmup_steps=2", "method.r=4", "hardware.peak=1e11", "hardware.threads=1", "eval.before=false",
             "eval.after=false", "slurm.time=1:00:00", "slurm.signal_s=60",
         ]  # fmt: skip
@@ -51,7 +52,8 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return sum(1 for folder in self.folders if (folder / "metrics.jsonl").is_file() for _ in (folder / "metrics.jsonl").open())
+        files = [folder / "metrics.jsonl" for folder in self.folders]
+        return sum(file.read_text().count("\n") for file in files if file.is_file())
 
     @property
     def losses(self) -> list[float]:
@@ -68,6 +70,14 @@ def run(cluster: Cluster, tiny_model: Path, tiny_data: Path, request: pytest.Fix
     return Run(cluster, tiny_model, tiny_data, request.node.name.replace("[", "-").rstrip("]"))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, tiny_model: Path, tiny_data: Path) -> Run:
+    """A run that nothing happens to, started by srun."""
+    run = Run(cluster, tiny_model, tiny_data, "uninterrupted")
+    assert cluster.ended(run.submit()) == "COMPLETED", cluster.told()
+    return run
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(cluster: Cluster) -> Any:
     """No test leaves a job or a rank to the next."""
@@ -78,9 +88,68 @@ def nothing_left(cluster: Cluster) -> Any:
     assert not left, f"jobs were left: {left}"
 
 
-def test_a_job_of_two_nodes_and_four_ranks_completes(cluster: Cluster, run: Run) -> None:
-    job = run.submit()
-    state = cluster.ended(job)
-    assert (state, run.status["state"], run.status["job"]) == ("COMPLETED", "completed", job), cluster.told()
-    assert len(run.losses) == 7 and run.losses[-1] < run.losses[0] - 0.4
-    assert json.loads((run.folders[0] / "environment.json").read_text())["world_size"] == 4
+def test_a_job_of_two_nodes_and_four_ranks_completes(cluster: Cluster, uninterrupted: Run) -> None:
+    (job,) = uninterrupted.jobs
+    assert (uninterrupted.status["state"], uninterrupted.status["job"]) == ("completed", job)
+    losses = uninterrupted.losses
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.4
+    assert json.loads((uninterrupted.folders[0] / "environment.json").read_text())["world_size"] == 4
+    again = uninterrupted.submit()
+    assert cluster.ended(again) == "COMPLETED", cluster.told()
+    assert uninterrupted.losses == losses, "a run that is complete is not run again"
+
+
+def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    job = run.submit("slurm.partition=low")
+    run.until_training()
+    ranks = cluster.ranks()
+    assert len(ranks) == 4
+    cluster.run("kill", "-STOP", *ranks)  # or a quick machine would be done before Slurm has looked
+    assert run.steps < STEPS - 1
+    rival = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").stdout.strip()
+    cluster.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", [job, rival])
+    cluster.run("kill", "-CONT", *ranks)
+    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job, rival])
+    assert seen["reason"] == "preempted"
+    assert cluster.ended(rival) == "COMPLETED"
+    assert cluster.ended(job) == "COMPLETED", cluster.told()
+    assert cluster.job(job)["Restarts"] == "1"
+    status = run.status
+    assert status["state"] == "completed" and [start["restart"] for start in status["starts"]] == [0, 1]
+    assert 0 < status["starts"][1]["step"] < STEPS, "it began again from nothing"
+    assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+def test_a_rank_that_is_killed_ends_the_job_as_failed(cluster: Cluster, run: Run) -> None:
+    job = run.submit(*LONG)
+    run.until_training()
+    cluster.run("kill", "-KILL", cluster.ranks("node2")[0])
+    assert cluster.ended(job, timeout_s=30) == "FAILED", cluster.told()
+    assert run.status["state"] == "failed" and "node2 was killed" in run.status["error"], run.status
+    assert not cluster.ranks()
+
+
+def test_a_sweep_is_an_array(cluster: Cluster, run: Run) -> None:
+    job = run.submit("optim.lr=1e-3,2e-3", options=())
+    assert cluster.ended(job) == "COMPLETED", cluster.told()
+    ended = [json.loads((folder / "status.json").read_text()) for folder in run.folders]
+    assert [(one["state"], one["job"]) for one in sorted(ended, key=lambda one: str(one["job"]))] == [("completed", f"{job}_0"), ("completed", f"{job}_1")]
+    assert len({(folder / "metrics.jsonl").read_text() for folder in run.folders}) == 2
+
+
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, run: Run) -> None:
+    job = run.submit(*LONG)
+    run.until_training()
+    cluster.run("scancel", job)
+    assert cluster.ended(job) == "CANCELLED"
+    cluster.until(lambda: not cluster.ranks(), [job], timeout_s=10)
+    assert (run.status["state"], run.status["reason"]) == ("stopped", "cancelled"), run.status
+    assert list((run.folders[0] / "checkpoints").glob("step-*")), "nothing was saved"
+
+
+@pytest.mark.parametrize("via", ["torchrun", "deepspeed", "accelerate", "pdsh"])
+def test_other_ways_to_start_ranks(cluster: Cluster, run: Run, uninterrupted: Run, via: str) -> None:
+    job = run.submit(options=(*TWO_BY_TWO, "--via", via))
+    assert cluster.ended(job) == "COMPLETED", cluster.told()
+    assert run.status["state"] == "completed"
+    assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
