@@ -21,19 +21,21 @@ login() {
     slurm_conf >/srv/slurm/slurm.conf && mount --bind /srv/slurm /etc/slurm
     ssh_conf
     slurmctld
-    for node in $NODES; do
-        nsenter --net=/run/netns/$node unshare --mount --uts --ipc --pid --fork --kill-child=KILL --mount-proc \
-            bash "$0" node $node >/srv/log/$node.out 2>&1 &
-        echo $! >/srv/state/$node.pid
-    done
+    for node in $NODES; do switch_on $node; done
     until [ "$(sinfo --noheader --Node --states=idle --partition=gpu | wc -l)" = 2 ]; do sleep 0.05; done
     touch /srv/ready
     stay
 }
 
+switch_on() { # also after a crash, which is the end of its first process
+    nsenter --net=/run/netns/"$1" setsid unshare --mount --uts --ipc --pid --fork --kill-child=KILL --mount-proc \
+        bash "$0" node "$1" </dev/null >/srv/log/"$1".out 2>&1 &
+}
+
 node() {
     hostname "$1"
-    mkdir -p /srv/state/run-"$1" && mount -t tmpfs -o mode=755 tmpfs /srv/state/run-"$1"
+    mkdir -p /srv/state/run-"$1"
+    mount -t tmpfs -o mode=755 tmpfs /srv/state/run-"$1"
     mkdir -p /srv/state/run-"$1"/{munge,sshd,checkout}
     mount --bind /run/munge /srv/state/run-"$1"/munge
     mount --bind "$CHECKOUT" /srv/state/run-"$1"/checkout

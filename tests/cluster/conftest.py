@@ -20,6 +20,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "pdsh", "sshd", "ip", "nsenter", "unshare")
+STARTER = Path(__file__).with_name("cluster.sh")
 SHARED = Path("/srv/shared")
 """The shared folder, as programs in the cluster call it."""
 
@@ -85,10 +86,29 @@ class Cluster:
 
     def ranks(self, node: str = "") -> list[str]:
         """Process ids of the ranks on a node, or on all, as the login node counts them."""
-        listed = self.run("ps", "--no-headers", "-eo", "pid,utsns,args", "-ww").stdout.splitlines()
-        rows = [row.split(maxsplit=2) for row in listed]
-        home = next((place for _, place, words in rows if f"cluster.sh node {node}" in words and words.startswith("bash")), "")
+        rows = self._processes()
+        home = next((place for _, place, words in rows if words == f"bash {STARTER} node {node}"), "")
         return [pid for pid, place, words in rows if re.match(r"\S*python\S* (-u )?\S*/train\.py ", words) and (not node or place == home)]
+
+    def crash(self, node: str) -> None:
+        """A power failure: end a node's first process, and so all of them."""
+        (first, *_) = [pid for pid, _, words in self._processes() if words == f"bash {STARTER} node {node}"]
+        self.run("kill", "-KILL", first)
+
+    def switch_on(self, node: str) -> None:
+        self.run("bash", str(STARTER), "switch_on", node)
+
+    def configure(self, old: str, new: str) -> None:
+        """Change a line of slurm.conf while Slurm runs."""
+        conf = self.state / "slurm" / "slurm.conf"
+        text = conf.read_text()
+        assert old in text
+        conf.write_text(text.replace(old, new))
+        self.run("scontrol", "reconfigure")
+
+    def _processes(self) -> list[list[str]]:
+        """Process id, host-name namespace and command line."""
+        return [row.split(maxsplit=2) for row in self.run("ps", "--no-headers", "-ww", "-eo", "pid,utsns,args").stdout.splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +122,7 @@ def cluster() -> Iterator[Cluster]:
     state.chmod(0o755)
     with (state / "login.out").open("w") as out:
         spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-        command = ["unshare", *spaces, "bash", str(Path(__file__).with_name("cluster.sh")), "login", str(state)]
+        command = ["unshare", *spaces, "bash", str(STARTER), "login", str(state)]
         outer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     try:
         end = time.monotonic() + 60
