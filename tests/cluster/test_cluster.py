@@ -104,7 +104,7 @@ def test_a_job_of_two_nodes_and_four_ranks_completes(cluster: Cluster, uninterru
 @pytest.fixture(params=["the batch script is warned", "the ranks are warned"])
 def warning(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
     """Whom Slurm signals on preemption: the batch script by SIGUSR1 or, as it does by default, the ranks of srun by SIGTERM."""
-    told = "SlurmctldParameters=preempt_send_user_signal", "SlurmctldParameters="
+    told = "\nSlurmctldParameters=preempt_send_user_signal", "\n# SlurmctldParameters=preempt_send_user_signal"
     if request.param == "the ranks are warned":
         cluster.configure(*told)
     yield request.param
