@@ -59,7 +59,7 @@ class Cluster:
         """Where a folder of the cluster is for the test."""
         return self.state / folder.relative_to("/srv")
 
-    def until(self, what: Callable[[], Any], jobs: Sequence[str], timeout_s: float = 90) -> Any:
+    def until(self, what: Callable[[], Any], jobs: Sequence[str], timeout_s: float = 150) -> Any:
         """Poll until `what` gives something true, and give that; fails with all that is known of `jobs` if it does not."""
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
@@ -69,7 +69,7 @@ class Cluster:
         known = "\n".join(f"{self.job(job)}" for job in jobs)
         pytest.fail(f"not within {timeout_s} s\n{known}\n{self.told()}")
 
-    def ended(self, job: str, timeout_s: float = 90) -> str:
+    def ended(self, job: str, timeout_s: float = 150) -> str:
         """Wait for a job's end, and give its state as Slurm calls it; that of a task that did not complete, if any."""
         going = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"}
 
@@ -123,7 +123,8 @@ def cluster() -> Iterator[Cluster]:
     state.chmod(0o755)
     with (state / "login.out").open("w") as out:
         spaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-        command = ["unshare", *spaces, "bash", str(STARTER), "login", str(state)]
+        # With --pdeathsig the cluster ends also when the tests are killed.
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, "bash", str(STARTER), "login", str(state)]
         outer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
     try:
         end = time.monotonic() + 60

@@ -140,7 +140,7 @@ def test_a_rank_that_is_killed_ends_the_job_as_failed(cluster: Cluster, run: Run
     job = run.submit(*LONG, options=(*TWO_BY_TWO, "--via", "pdsh"))  # whose ranks are in no step that Slurm would end
     run.until_training()
     cluster.run("kill", "-KILL", cluster.ranks("node2")[0])
-    assert cluster.ended(job, timeout_s=30) == "FAILED", cluster.told()
+    assert cluster.ended(job) == "FAILED", cluster.told()
     assert run.status["state"] == "failed" and "node2 was killed" in run.status["error"], run.status
     assert not cluster.ranks()
 
