@@ -343,6 +343,7 @@ def environment(world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "node": world.node,
+        "job": world.job,
         "world_size": world.size,
         "commit": git.stdout.strip(),
     }

@@ -85,11 +85,18 @@ class JsonLines:
         return self._file.read(1)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows."""
+def read_metrics(path: Path, last_bytes: int = 0) -> list[dict[str, Any]]:
+    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows.
+
+    last_bytes: only what stands in the last so many bytes; 0: all.
+    """
     rows: dict[int, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with path.open("rb") as file:
+            if last_bytes:
+                file.seek(max(0, path.stat().st_size - last_bytes))
+            text = file.read().decode("utf-8", "replace")
+        for line in text.splitlines():
             try:  # a line is one flat object: after a torn write the last "{" is where the resumed run went on
                 row = json.loads(line[max(line.rfind("{"), 0) :])
             except ValueError:
