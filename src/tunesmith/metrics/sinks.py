@@ -18,6 +18,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
+from tunesmith.plan import run_id
+from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
 from tunesmith.run import RunFolder, as_mapping
 
@@ -186,7 +188,7 @@ class WandbSink:
                 "resume": "allow",
                 "project": tracker.project,
                 "entity": tracker.entity or None,
-                "group": tracker.group or None,
+                "group": tracker.group or config.name,
                 "tags": tracker.tags or None,
                 "job_type": tracker.job_type,
                 "name": f"{config.name}-{run.name}",
@@ -252,6 +254,21 @@ class WandbSink:
             self._process.communicate()
 
 
+def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """What a run is besides its settings, for W&B's config: by `setting`, which leaves out the seed alone, its tables group seeds."""
+    plan, environment = (read_json(folder.path / name) or {} for name in ("plan.json", "environment.json"))
+    return {
+        "id": folder.path.name,
+        "setting": run_id(changed(config, {"train.seed": 0})),
+        "data": folder.status().get("data"),
+        "ranks": folder.world.size,
+        "card": plan.get("card"),
+        "method": plan.get("method"),
+        "trained_weights": plan.get("trained_weights"),
+        "commit": environment.get("commit"),
+    }
+
+
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:
     """The sinks that a config asks for; none but on rank 0."""
     if not folder.world.is_main:
@@ -259,7 +276,7 @@ def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sink
     sinks: list[Sink] = [JsonLines(folder.path / "metrics.jsonl"), Console(steps, done)]
     if config.tracker.kind is TrackerKind.wandb and config.tracker.mode is not TrackerMode.disabled:
         try:
-            sinks.append(WandbSink(config, folder.path, as_mapping(config)))
+            sinks.append(WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)}))
         except OSError as error:  # no process to be had
             print(f"tracker=wandb: {error} — metrics.jsonl has everything", file=sys.stderr)
     return Sinks(sinks)
