@@ -137,7 +137,7 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, fl
 
 
 def intervals(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Interval]:
-    """95 % intervals of the scores, as if the questions were drawn at random from all that could be asked; training adds noise of its own."""
+    """95 % intervals of the scores, as if the questions were drawn from all that could be asked; training adds noise of its own."""
     judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
     found = {"test/exact_match": wilson(sum(one.exact for one in judged) / len(judged), len(judged))}
     if calls := [one for one in judged if one.intent is not None]:

@@ -28,8 +28,13 @@ class Difference:
 def difference(first: Run, second: Run) -> list[Difference]:
     """All that differs between two runs, and their results side by side."""
     found = _unlike("settings", first.config, second.config)
-    found = [one if not _only_names(one.name) else Difference(one.part, one.name, one.first, one.second, "does not change the result") for one in found]
-    found += _unlike("data", {"fingerprint": first.status.get("data")}, {"fingerprint": second.status.get("data")}, "of all parts, prepared")
+    found = [
+        one if not _only_names(one.name) else Difference(one.part, one.name, one.first, one.second, "does not change the result")
+        for one in found
+    ]
+    found += _unlike(
+        "data", {"fingerprint": first.status.get("data")}, {"fingerprint": second.status.get("data")}, "of all parts, prepared"
+    )
     found += _unlike("data", _counts(first), _counts(second))
     found += _unlike("versions", flatten(first.environment), flatten(second.environment))
     found += _unlike("plan", {key: first.plan.get(key) for key in PLANNED}, {key: second.plan.get(key) for key in PLANNED})

@@ -84,7 +84,7 @@ def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def find_runs(words: Iterable[str]) -> list[Path]:
-    """The runs that words name, each once: run folders, folders of runs, and patterns of both; raises Refusal for a word that names none."""
+    """The runs that words name, each once: run folders, folders of runs, patterns of both; raises Refusal for a word that names none."""
     found: dict[Path, Path] = {}
     for word in words:
         folders = [Path(word)] if Path(word).exists() else [path for path in map(Path, sorted(glob(word))) if path.is_dir()]
@@ -126,7 +126,11 @@ def state_of(run: Path, status: Mapping[str, Any], environment: Mapping[str, Any
     if environment.get("node") == here:
         return "gone", "its process is not there any more; the same command goes on"
     quiet_s = time.time() - last_sign_s(run)
-    return ("silent", f"nothing written for {quiet_s / 60:.0f} min, its process cannot be seen from here") if quiet_s > SILENT_S else ("running", "")
+    return (
+        ("silent", f"nothing written for {quiet_s / 60:.0f} min, its process cannot be seen from here")
+        if quiet_s > SILENT_S
+        else ("running", "")
+    )
 
 
 def where_of(environment: Mapping[str, Any]) -> str:

@@ -46,7 +46,9 @@ _KNOWN = {one.key: one for one in EFFORT}
 
 def measure(key: str) -> Measure:
     """A result by its metric name: losses are better low, shares and scores high."""
-    return _KNOWN.get(key) or Measure(key, {"dev/loss": "held-out loss"}.get(key, key), "nats" if key.endswith("loss") else "", key.endswith("loss"))
+    return _KNOWN.get(key) or Measure(
+        key, {"dev/loss": "held-out loss"}.get(key, key), "nats" if key.endswith("loss") else "", key.endswith("loss")
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,9 @@ class Comparison:
             return []
         results = ranks([value for value in found if value is not None])
         columns = {key: [self.runs[place].config.get(key) for place in places] for key in self.keys}
-        columns = {key: column for key, column in columns.items() if not key.startswith("tracker.") and len({repr(value) for value in column}) > 1}
+        columns = {
+            key: column for key, column in columns.items() if not key.startswith("tracker.") and len({repr(value) for value in column}) > 1
+        }
         told = [_influence(key, column, results, columns) for key, column in columns.items()]
         return sorted(told, key=lambda one: (-one.share, one.key))
 
@@ -179,7 +183,9 @@ def _notes(runs: Sequence[Run], quality: str) -> list[str]:
         notes.append(f"{len(unfinished)} of {len(runs)} runs are not complete and are shown, but not judged: {told}")
     complete = [run for run in runs if run.is_complete]
     if len({run.status.get("data") for run in complete}) > 1:
-        notes.append("the runs have different data: losses and scores compare only if the held-out files are the same (tunesmith diff says what differs)")
+        notes.append(
+            "the runs have different data: losses and scores compare only if the held-out files are the same"
+        )
     if quality.endswith("loss") and len({str(run.config.get("model.path")) for run in complete}) > 1:
         notes.append("the runs have different models: a loss is per token, so it compares only between models of one tokenizer")
     if len({str(run.config.get("data.template")) for run in complete}) > 1:
@@ -193,7 +199,9 @@ def _notes(runs: Sequence[Run], quality: str) -> list[str]:
     if any(run.price_per_h for run in runs) and not all(run.price_per_h for run in complete):
         notes.append("some runs have no hardware.price_per_h: no cost for them")
     if assumed := sorted({key for run in runs for key in run.assumed}):
-        notes.append(f"{len(assumed)} settings are unknown to the version of some runs and count as today's default: {', '.join(assumed[:3])}, ...")
+        notes.append(
+            f"{len(assumed)} settings are unknown to the version of some runs and count as today's default: {', '.join(assumed[:3])}, ..."
+        )
     return notes
 
 

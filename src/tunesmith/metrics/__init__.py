@@ -1,4 +1,4 @@
-"""What a run measures (the meter), what it comes to (totals, uncertainty) and where the numbers go (the sinks). docs/metrics.md defines every name."""
+"""What a run measures (the meter), what it comes to (totals) and where the numbers go (the sinks). docs/metrics.md defines every name."""
 
 from tunesmith.metrics.meter import CardSensors, Meter, Rate
 from tunesmith.metrics.sinks import Sinks, open_sinks, read_metrics

@@ -44,7 +44,8 @@ def workspace(project: str, entity: str, name: str, quality: str = "dev/loss") -
             panels.RunComparer(diff_only="split"),
         ],
         "Quality": [curve("train/loss"), curve("dev/loss"), *(panels.BarPlot(title=key, metrics=[key]) for key in TASK)],
-        "Speed and memory": [curve("speed/computed_tokens_per_s"), curve("speed/mfu", "speed/hfu"), curve("memory/peak_gib", "plan/peak_gib"), curve("card/power_w")],
+        "Speed and memory": [curve("speed/computed_tokens_per_s"), curve("speed/mfu", "speed/hfu"),
+                             curve("memory/peak_gib", "plan/peak_gib"), curve("card/power_w")],
     }  # fmt: skip
     pinned = [f"summary:{key}" for key in (quality, *COLUMNS)]
     return workspaces.Workspace(
@@ -69,5 +70,7 @@ def save(project: str, entity: str, name: str, quality: str = "dev/loss") -> str
         raise
     except Exception as error:  # W&B's errors have no common base
         told = " ".join(str(error).split())[:200]
-        raise Refusal(f"wandb-view {project}: {type(error).__name__}: {told} — is WANDB_API_KEY set, and WANDB_BASE_URL if the server is your own?") from None
+        raise Refusal(
+            f"wandb-view {project}: {type(error).__name__}: {told} — is WANDB_API_KEY set, and WANDB_BASE_URL if the server is your own?"
+        ) from None
     return str(view.url)

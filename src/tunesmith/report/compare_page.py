@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tunesmith.compare import Comparison, Run, measure
+from tunesmith.compare import Comparison, Run
 from tunesmith.compare.table import text
 from tunesmith.config import Refusal
 from tunesmith.metrics.totals import is_number, progress
@@ -57,12 +57,19 @@ def _row(found: Comparison, place: int) -> dict[str, Any]:
         low, high = run.intervals.get(one.key, (None, None))
         results.append({"value": value, "text": told, "interval": f"{low:.2f} – {high:.2f}" if low is not None else ""})
     settings = [{"value": run.config.get(key), "text": text(run.config.get(key))} for key in found.keys]
-    return {"name": run.name, "state": run.state, "note": run.note, "colour": found.colours[place], "settings": settings, "results": results}
+    return {
+        "name": run.name,
+        "state": run.state,
+        "note": run.note,
+        "colour": found.colours[place],
+        "settings": settings,
+        "results": results,
+    }
 
 
 def page_data(found: Comparison) -> dict[str, Any]:
     """What the page's program draws, as plain values; a number that is none is null."""
-    keys = [measure.key for measure in found.measures]
+    keys = [one.key for one in found.measures]
     good = [key for key in keys if key.startswith(("dev/", "test/"))] or keys
     most = max(50, POINTS // len(found.runs))
     columns = {key: [run.config.get(key) for run in found.runs] for key in found.keys}

@@ -87,7 +87,9 @@ def show_comparison(found: Comparison, stream: IO[str] = sys.stdout) -> None:
     out = console(stream, settings, results, verdicts)
     out.print(Group(Text("what differs", "bold"), settings, Text(), Text("what came of it", "bold"), results), overflow="fold")
     better = ["lower" if one.lower_is_better else "higher" for one in (good, dear)]
-    out.print(f"★ Pareto-best: {good.label} ({better[0]} is better) against {dear.label} ({better[1]} is better); --quality and --against choose")
+    out.print(
+        f"★ Pareto-best: {good.label} ({better[0]} is better) against {dear.label} ({better[1]} is better); --quality and --against choose"
+    )
     if verdicts.row_count > 1:
         out.print(Group(Text(), Text(f"noise of {good.label}", "bold"), verdicts))
     out.print(Text(f"{good.label}: {found.evidence(good.key)}"))
@@ -100,7 +102,10 @@ def show_difference(names: Sequence[str], found: Sequence[Difference], stream: I
     table = _table("", "", *(f"{name}" for name in names), "")
     part = ""
     for one in found:
-        values = [Text(_short(number(value) if one.part == "results" and isinstance(value, float) else setting(value), 60)) for value in (one.first, one.second)]
+        values = [
+            Text(_short(number(value) if one.part == "results" and isinstance(value, float) else setting(value), 60))
+            for value in (one.first, one.second)
+        ]
         table.add_row(Text(one.part if one.part != part else "", "bold"), one.name, *values, Text(one.remark, "dim"))
         part = one.part
     out = console(stream, table)
