@@ -28,6 +28,7 @@ login() {
 }
 
 switch_on() { # also after a crash, which is the end of its first process
+    ip link set v"$1" up
     nsenter --net=/run/netns/"$1" setsid unshare --mount --uts --ipc --pid --fork --kill-child=KILL --mount-proc \
         bash "$0" node "$1" </dev/null >/srv/log/"$1".out 2>&1 &
 }
@@ -69,6 +70,7 @@ network() {
 
 slurm_conf() {
     # cred_expire: how long a requeued job waits at least; 5 is the least that Slurm takes (default 120 s).
+    # SlurmdTimeout: longer than the launcher needs to find a node gone, as on real clusters (default 300 s).
     # config_overrides: nodes may claim more cores than this machine has.
     # Partition low gives way to high: GraceTime 15 s after a warning, which goes to the batch script as --signal says.
     cat <<CONF
@@ -97,7 +99,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=60
 KillWait=5
 MinJobAge=3600
 DefMemPerCPU=100

@@ -91,7 +91,8 @@ class Cluster:
         return [pid for pid, place, words in rows if re.match(r"\S*python\S* (-u )?\S*/train\.py ", words) and (not node or place == home)]
 
     def crash(self, node: str) -> None:
-        """A power failure: end a node's first process, and so all of them."""
+        """A power failure: nothing comes from the node any more, not even the end of a connection."""
+        self.run("ip", "link", "set", f"v{node}", "down")
         (first, *_) = [pid for pid, _, words in self._processes() if words == f"bash {STARTER} node {node}"]
         self.run("kill", "-KILL", first)
 
