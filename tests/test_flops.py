@@ -19,6 +19,7 @@ from tests.test_model import config_for
 from tunesmith.config import Base, Batching, Method, MethodKind
 from tunesmith.data.layout import Example, lay_out
 from tunesmith.model import build_model
+from tunesmith.model.linear import join_adapters
 from tunesmith.plan.flops import Attention, Flops, step_flops
 from tunesmith.plan.shapes import KNOWN, ModelShape
 
@@ -56,6 +57,7 @@ def counted(shape: ModelShape, method: Method, checkpointing: bool = False, logi
     if method.kind is MethodKind.lora:
         targets = method.targets[0] if method.targets == ["all-linear"] else list(method.targets)
         tuned = get_peft_model(model, LoraConfig(r=method.r, target_modules=targets, lora_dropout=0.0))
+        join_adapters(tuned)
         # transformers and PEFT each hook the embedding to make its output want gradients under checkpointing, for
         # reentrant checkpoints; non-reentrant ones do without, and so do not compute what nobody trains.
         model.get_input_embeddings()._forward_hooks.clear()
