@@ -30,7 +30,7 @@ class _Joined(torch.autograd.Function):
         return y, inner
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,no-untyped-call]  # of torch
+    @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inner, weight, a, b = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
