@@ -23,7 +23,7 @@ from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
 from tunesmith.plan.network import ASSUMED_GBIT_PER_S, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, shape_needs_files, shape_of
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
@@ -368,7 +368,7 @@ def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, 
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches, gathered=gathers_by_hooks(engine),
     )  # fmt: skip
 
 
