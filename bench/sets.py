@@ -42,7 +42,7 @@ PADDED, FREE = {"padding_free": False}, {"padding_free": True}
 SETS = {
     one.name: one
     for one in (
-        Set("short", 16, 2, 32, ({"micro_batch": 16, **PADDED}, {"micro_batch": 4, **PADDED}, {"micro_batch": 16, **FREE})),
+        Set("short", 8, 2, 32, ({"micro_batch": 8, **PADDED}, {"micro_batch": 4, **PADDED}, {"micro_batch": 8, **FREE})),
         Set("medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE})),
         Set("long", 4, 1, 8, ({"micro_batch": 2, **PADDED}, {"micro_batch": 1, **PADDED}, {"micro_batch": 2, **FREE})),
     )

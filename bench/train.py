@@ -242,12 +242,16 @@ def machine() -> dict[str, str]:
         return subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout.strip()
 
     changed = bool(said("git", "status", "--porcelain", "--untracked-files=no", "--", "src", "bench", ":!bench/results"))
+    pinned = [line.partition(";")[0].strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()]
     return {
-        "machine": str(this_machine()), "threads": str(THREADS), "python": platform.python_version(),
-        "commit": said("git", "rev-parse", "--short", "HEAD") + " with changes" * changed, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "machine": str(this_machine()),
+        "threads": str(THREADS),
+        "python": platform.python_version(),
+        "commit": said("git", "rev-parse", "--short", "HEAD") + " with changes" * changed,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         **{package: version(package) for package in ("torch", "transformers", "peft")},
-        "trl": next((line.split("==")[1].split(";")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("trl==")), ""),
-    }  # fmt: skip
+        "trl": next(words[1] for words in pinned if words[0] == "trl"),
+    }
 
 
 def table() -> str:
@@ -259,14 +263,13 @@ def table() -> str:
         found = json.loads(path.read_text())
         rows, facts = found["rows"], found["machine"]
         base = "TRL" if "TRL" in rows else "as it is"
-        lines += [
-            f"**{path.stem}**: {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}"
-        ]
+        head = f"**{path.stem}**: {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}, "
+        head += facts["date"]
         if "peer" in found:
-            lines[-1] += (
-                f"; {found['median_tokens']} tokens a conversation (median), common beginnings save {found['shared']:.0%}, "
-                f"{found['conversations_per_step']} conversations an update, {found['updates']} updates; TRL {facts['trl']} with {said_of(found['peer'])}"
-            )
+            head += f"; {found['median_tokens']} tokens a conversation (median), common beginnings save {found['shared']:.0%}, "
+            head += f"{found['conversations_per_step']} conversations an update, {found['updates']} updates; "
+            head += f"TRL {facts['trl']} with {said_of(found['peer'])}"
+        lines += [head]
         lines += [
             "",
             f"| | conversations/s | target tokens/s | over {base} | windows | peak GiB (over imports) | first step s | held-out loss |",

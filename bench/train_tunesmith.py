@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.compose import compose
-from tunesmith.config import Config
+from tunesmith.compose import COMPOSITION_ERRORS, compose, explain
+from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.plan import make_plan
 from tunesmith.world import World
@@ -80,4 +80,10 @@ def main(asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    said = json.loads(sys.argv[1])
+    try:
+        main(said)
+    except COMPOSITION_ERRORS as error:
+        sys.exit(explain(error, said["overrides"]).replace("\n", " / "))
+    except Refusal as refusal:
+        sys.exit(str(refusal).replace("\n", " / "))
