@@ -88,8 +88,9 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         steps, ended = loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
-        sinks.summarise({**after, "run/ended": ended})
-    folder.say(beside(plan, metrics.read_metrics(folder.path / "metrics.jsonl")))
+        rows = metrics.read_metrics(folder.path / "metrics.jsonl")
+        sinks.summarise({**after, **metrics.totals(rows, world.size, config.hardware.price_per_h), "run/ended": ended})
+    folder.say(beside(plan, rows))
     folder.complete(steps, ended, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:
         report.write_report(folder.path)

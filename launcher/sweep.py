@@ -93,7 +93,7 @@ def trials(words: Sequence[str]) -> list[list[str]]:
     """
     overrides = parsed(words)
     if endless := [str(one.input_line) for one in overrides if one.is_sweep_override() and not one.is_discrete_sweep()]:
-        raise Refusal(f"override {endless[0]}: an interval has no end of values — type --search N to try N of them, or a,b,c")
+        raise Refusal(f"override {endless[0]}: an interval has no end of values — type the values, a,b,c, or range(1,4)")
     if not any(one.is_sweep_override() for one in overrides):
         return [list(words)]
     (found,) = BasicSweeper.split_arguments(overrides, None)

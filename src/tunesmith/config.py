@@ -376,7 +376,7 @@ class Tracker:
     entity: str = ""
     """W&B entity (team or user); empty: the account's own."""
     group: str = ""
-    """W&B group, for the runs of one sweep."""
+    """W&B group, for the runs of one sweep; empty: the experiment's name."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
     job_type: str = "train"

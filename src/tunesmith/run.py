@@ -363,6 +363,7 @@ def environment(world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "node": world.node,
+        "job": world.job,
         "world_size": world.size,
         "commit": os.environ.get("TUNESMITH_COMMIT") or git.stdout.strip(),  # a queued job runs from a copy
     }

@@ -23,7 +23,7 @@ from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
 from tunesmith.plan.network import ASSUMED_GBIT_PER_S, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, shape_needs_files, shape_of
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
@@ -32,6 +32,8 @@ __all__ = [
 
 ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
+SPLIT_PAYS = 0.02
+"""Least share of a rank's memory that ZeRO 1 or 2 must save, else the plan says that it only costs."""
 CPU_MICRO_BATCH = 16
 """Most conversations in one forward on a CPU: its caches are small, and larger ones gain nothing there."""
 
@@ -368,7 +370,7 @@ def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, 
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches, gathered=gathers_by_hooks(engine),
     )  # fmt: skip
 
 
@@ -431,6 +433,17 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
             yield f"a step has about {per_step} conversations for {plan.world_size} ranks: some compute nothing"
     elif 0 < plan.conversations < per_step:
         yield f"the data has {plan.conversations} conversations, fewer than the {per_step} of a step"
+    zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else 0
+    if zero in (1, 2) and not config.engine.offload and plan.world_size > 1 and config.method.kind is not MethodKind.full:
+        whole = changed(config, {"engine.zero": 0})
+        row = plan.micro_batch * plan.longest_tokens
+        unsplit = memory_gib(plan.shape, whole, plan.world_size, row, cpu=on_cpu, accumulated=plan.accumulation > 1)
+        saved = sum(unsplit.values()) - plan.memory_gib
+        if saved < SPLIT_PAYS * plan.memory_gib:
+            yield (
+                f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
+                "— type engine=accelerate"
+            )
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
 
