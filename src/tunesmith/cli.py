@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = commands.add_parser("plan", help="what a run would take before it is started: memory, time, cost; or what fits on a card")
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, e.g. +exp=qlora_t4")
     plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks (hardware.count, or a rank for each card that is here)")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that the ranks are on (1)")
     plan.add_argument("--fit", action="store_true", help="what fits: methods and ZeRO stages down, lengths across")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
@@ -189,12 +190,14 @@ def planned(asked: argparse.Namespace) -> str:
 
     if asked.ranks < 0:
         raise Refusal(f"--ranks {asked.ranks}: a run has at least one — type --ranks 1")
+    if asked.nodes < 1:
+        raise Refusal(f"--nodes {asked.nodes}: a run has at least one — type --nodes 1")
     config, folder = compose(asked.words), None
     if shape_needs_files(config.model.path, config.model.known_as):
         from tunesmith.model.source import model_folder
 
         folder = model_folder(config.model)
-    return plan_text(config, this_machine(), ranks=asked.ranks, table=asked.fit, model_folder=folder)
+    return plan_text(config, this_machine(), ranks=asked.ranks, nodes=asked.nodes, table=asked.fit, model_folder=folder)
 
 
 def data_config(words: Sequence[str]) -> Config:

@@ -18,6 +18,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
+from tunesmith.metrics.totals import totals
 from tunesmith.plan import run_id
 from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
@@ -158,7 +159,8 @@ class WandbSink:
 
     When W&B does not answer within tracker.init_timeout_s, breaks down later, or has not taken everything when the run
     ends, another process reads the same lines into an offline run, to be sent with `wandb sync`. wandb.json in the run
-    folder keeps the W&B run's id, so that a resumed run continues it, and how far the record has been read.
+    folder keeps the W&B run's id, so that a resumed run continues it, and how far the record has been read. The agent of a W&B
+    sweep has opened a run already: that is the one then, and gets the record from its beginning.
     """
 
     CLOSE_S = 20.0
@@ -170,7 +172,10 @@ class WandbSink:
         tracker, state = config.tracker, run / "wandb.json"
         known = read_json(state)
         if known is None:
-            write_json(state, known := {"id": secrets.token_hex(4), "read": 0})
+            known = {"id": secrets.token_hex(4), "read": 0}
+        if (opened := opened_by_agent()) and opened != known["id"]:
+            known = {"id": opened, "read": 0}
+        write_json(state, known)
         self._order: dict[str, Any] = {
             "metrics": str(run / "metrics.jsonl"),
             "state": str(state),
@@ -267,6 +272,22 @@ def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
         "trained_weights": plan.get("trained_weights"),
         "commit": environment.get("commit"),
     }
+
+
+def opened_by_agent() -> str:
+    """Id of the W&B run that `wandb agent` has opened for this trial; empty outside of a W&B sweep."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
+def hand_over_again(config: Config, folder: RunFolder) -> None:
+    """Give a complete run's record to the W&B run that an agent has opened for the same settings; nothing without an agent."""
+    known = read_json(folder.path / "wandb.json") or {}
+    if not folder.world.is_main or config.tracker.kind is not TrackerKind.wandb or opened_by_agent() in ("", known.get("id")):
+        return
+    after = (read_json(folder.path / "evaluation.json") or {}).get("after", {})
+    with Sinks([WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})]) as sinks:
+        spent = totals(read_metrics(folder.path / "metrics.jsonl"), folder.world.size, config.hardware.price_per_h)
+        sinks.summarise({**after, **spent, "run/ended": folder.status().get("ended", "")})
 
 
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:

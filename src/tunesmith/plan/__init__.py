@@ -16,10 +16,11 @@ from statistics import median
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
-from tunesmith.hardware import Machine, peak_flops
+from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
+from tunesmith.plan.network import ASSUMED_GBIT_PER_S, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
 from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
@@ -59,6 +60,10 @@ class Plan:
     accumulation: int
     """Micro-batches in a step on each rank; packed, or with steps in tokens, that of an average step at most."""
     world_size: int
+    local_size: int
+    """Ranks on this machine, and on each of the others."""
+    sent: float
+    """Bytes that a rank sends in a step, and with ranks on several machines each machine's network too (plan/network.py)."""
     card: str
     """What it runs on: cpu, a row of the card table, or the device's own name where the table has none."""
     threads: int
@@ -102,6 +107,16 @@ class Plan:
     def step_s(self) -> float:
         """Predicted seconds of a step; 0.0 if unknown."""
         return sum(self.time.values())
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return math.ceil(self.world_size / self.local_size)
+
+    @property
+    def efficiency(self) -> float:
+        """Predicted share of a step in which a rank does not wait for others, if nothing overlaps; 0.0 if unknown."""
+        return 1 - self.time["communication"] / self.step_s if self.time else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -233,8 +248,9 @@ def _plan(
         mean = max(1, round(expected / per_step))
         work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size)
         seconds = step_seconds(
-            shape, config, None if on_cpu else card, world_size, flops=work.executed / world_size, peak_flops=peak,
+            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size, peak_flops=peak,
             tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
+            overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip
     plan = Plan(
         name=config.name,
@@ -248,6 +264,8 @@ def _plan(
         packed=config.data.batching is Batching.packed,
         accumulation=accumulation,
         world_size=world_size,
+        local_size=local_size,
+        sent=traffic(shape, config, world_size, accumulation, trained).sent,
         card="cpu" if on_cpu else card.key if card else machine.device_names[0],
         threads=threads,
         method=_words(config),
@@ -456,7 +474,7 @@ def run_id(config: Config) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people, at most 16 lines."""
+    """The plan for people, at most 17 lines."""
     shape, gib = plan.shape, plan.memory_gib
     length = f"{plan.steps:,} steps" if plan.steps else "as many steps as the data asks for"
     if plan.conversations:
@@ -480,6 +498,7 @@ def describe(plan: Plan) -> str:
         "": parts,
         "compute": f"at most {useful:,.4g} TFLOP a step ({executed:,.4g} executed){seconds}",
         "time": _time_words(plan),
+        **({"nodes": _nodes_words(plan)} if plan.nodes > 1 else {}),
         "disk": _disk_words(plan),
         "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
     }
@@ -507,6 +526,17 @@ def _time_words(plan: Plan) -> str:
     if plan.hours:
         words += f", {plan.hours:.3g} h" + (f", cost {plan.cost:.2f}" if plan.cost else "")
     return words
+
+
+def _nodes_words(plan: Plan) -> str:
+    gbit = plan.config.hardware.network_gbit_per_s
+    network = f"{gbit or ASSUMED_GBIT_PER_S:g} Gbit/s {'each' if gbit else 'assumed'}"
+    useful = f", {plan.efficiency:.0%} of a step is not waiting" if plan.time else ""
+    return f"{plan.nodes:,} x {plan.local_size} ranks, network {network}: {_bytes(plan.sent)} a step{useful} (predicted, no overlap)"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:,.3g} MB"
 
 
 def _disk_words(plan: Plan) -> str:
