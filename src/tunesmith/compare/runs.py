@@ -144,6 +144,7 @@ def glance(run: Path) -> Glance:
     rows = read_metrics(run / "metrics.jsonl", TAIL)
     state, note = state_of(run, status, environment)
     last = rows[-1] if rows else {}
+    place = {**environment, **{key: status[key] for key in ("node", "job") if status.get(key)}}
     speeds, shares = (values(rows[-RECENT:], f"speed/{name}") for name in ("computed_tokens_per_s", "mfu"))
     since = status.get("updated")
     return Glance(
@@ -151,7 +152,7 @@ def glance(run: Path) -> Glance:
         step=max(int(last.get("step") or 0), _whole(status.get("step"))), steps=_whole(status.get("steps")),
         loss=last.get("train/loss"), dev_loss=next((row["dev/loss"] for row in reversed(rows) if "dev/loss" in row), None),
         tokens_per_s=median(speeds) if speeds else None, mfu=median(shares) if shares else None,
-        where=where_of(environment), since=float(since) if is_number(since) else None,
+        where=where_of(place), since=float(since) if is_number(since) else None,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from math import factorial
 from statistics import fmean
 from typing import Any
 
-from tunesmith.compare.noise import Setting, evidence_line, judge_settings, settings_of, signature
+from tunesmith.compare.noise import Setting, evidence_line, is_left_out, judge_settings, settings_of, signature
 from tunesmith.compare.runs import Run
 from tunesmith.config import Refusal
 from tunesmith.metrics.totals import is_number
@@ -198,7 +198,7 @@ def _notes(runs: Sequence[Run], quality: str) -> list[str]:
         notes.append("not all runs had the same machine: speeds, times and memory are of the machine too")
     if any(run.price_per_h for run in runs) and not all(run.price_per_h for run in complete):
         notes.append("some runs have no hardware.price_per_h: no cost for them")
-    if assumed := sorted({key for run in runs for key in run.assumed}):
+    if assumed := sorted({key for run in runs for key in run.assumed if not is_left_out(key)}):
         notes.append(
             f"{len(assumed)} settings are unknown to the version of some runs and count as today's default: {', '.join(assumed[:3])}, ..."
         )

@@ -18,6 +18,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
+from tunesmith.metrics.totals import totals
 from tunesmith.plan import run_id
 from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
@@ -258,21 +259,6 @@ class WandbSink:
             self._process.communicate()
 
 
-def opened_by_agent() -> str:
-    """Id of the W&B run that `wandb agent` has opened for this trial; empty outside of a W&B sweep."""
-    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
-
-
-def hand_over_again(config: Config, folder: RunFolder) -> None:
-    """Give a complete run's record to the W&B run that an agent has opened for the same settings; nothing without an agent."""
-    known = read_json(folder.path / "wandb.json") or {}
-    if not folder.world.is_main or config.tracker.kind is not TrackerKind.wandb or opened_by_agent() in ("", known.get("id")):
-        return
-    after = (read_json(folder.path / "evaluation.json") or {}).get("after", {})
-    with Sinks([WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})]) as sinks:
-        sinks.summarise({**after, "run/ended": folder.status().get("ended", "")})
-
-
 def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
     """What a run is besides its settings, for W&B's config: by `setting`, which leaves out the seed alone, its tables group seeds."""
     plan, environment = (read_json(folder.path / name) or {} for name in ("plan.json", "environment.json"))
@@ -286,6 +272,22 @@ def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
         "trained_weights": plan.get("trained_weights"),
         "commit": environment.get("commit"),
     }
+
+
+def opened_by_agent() -> str:
+    """Id of the W&B run that `wandb agent` has opened for this trial; empty outside of a W&B sweep."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
+def hand_over_again(config: Config, folder: RunFolder) -> None:
+    """Give a complete run's record to the W&B run that an agent has opened for the same settings; nothing without an agent."""
+    known = read_json(folder.path / "wandb.json") or {}
+    if not folder.world.is_main or config.tracker.kind is not TrackerKind.wandb or opened_by_agent() in ("", known.get("id")):
+        return
+    after = (read_json(folder.path / "evaluation.json") or {}).get("after", {})
+    with Sinks([WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})]) as sinks:
+        spent = totals(read_metrics(folder.path / "metrics.jsonl"), folder.world.size, config.hardware.price_per_h)
+        sinks.summarise({**after, **spent, "run/ended": folder.status().get("ended", "")})
 
 
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:

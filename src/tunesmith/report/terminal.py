@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +27,8 @@ COLOURS |= {"stopped": "yellow", "preempted": "yellow", "requeued": "yellow", "p
 WATCH_S = 2.0
 
 
-def console(stream: IO[str], *tables: Any) -> Console:
-    """A console on a stream; where that is no terminal, as wide as the tables need, so that a file has whole words."""
+def console(stream: IO[str] | None, *tables: Any) -> Console:
+    """A console on a stream (none: stdout); where that is no terminal, as wide as the tables need, so that a file has whole words."""
     found = Console(file=stream, highlight=False)
     if not found.is_terminal:
         wide = Console(file=stream, highlight=False, width=10_000)
@@ -37,7 +36,7 @@ def console(stream: IO[str], *tables: Any) -> Console:
     return found
 
 
-def show_runs(look: Callable[[], list[Glance]], watch: bool, stream: IO[str] = sys.stdout) -> None:
+def show_runs(look: Callable[[], list[Glance]], watch: bool, stream: IO[str] | None = None) -> None:
     """The table of runs; with `watch` made anew every two seconds, until all of them are over or Ctrl-C."""
     found = look()
     if not watch:
@@ -69,7 +68,7 @@ def runs_table(runs: Sequence[Glance]) -> Table:
     return table
 
 
-def show_comparison(found: Comparison, stream: IO[str] = sys.stdout) -> None:
+def show_comparison(found: Comparison, stream: IO[str] | None = None) -> None:
     """What differs, what came of it, which runs are Pareto-best, and which differences are more than noise."""
     good, dear = measure(found.quality), measure(found.against)
     settings = _table("#>", "run", "state", *found.keys)
@@ -97,7 +96,7 @@ def show_comparison(found: Comparison, stream: IO[str] = sys.stdout) -> None:
         out.print(Text(f"note: {note}"))
 
 
-def show_difference(names: Sequence[str], found: Sequence[Difference], stream: IO[str] = sys.stdout) -> None:
+def show_difference(names: Sequence[str], found: Sequence[Difference], stream: IO[str] | None = None) -> None:
     """Settings, data, versions, plan and results of two runs; only results also where they are equal."""
     table = _table("", "", *(f"{name}" for name in names), "")
     part = ""
@@ -135,8 +134,13 @@ def check_ours(path: Path, mark: str) -> None:
         raise Refusal(f"{path}: there is no folder {path.parent} — make it, or name another")
     if path.is_dir():
         raise Refusal(f"{path}: a folder — name a file")
-    if path.exists() and mark not in path.open(encoding="utf-8", errors="replace").read(4096):
+    if path.exists() and mark.encode() not in _beginning(path):
         raise Refusal(f"{path}: exists, and is no comparison that could be written anew — name another file")
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
 
 
 def ago(since: float | None) -> str:
