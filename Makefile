@@ -27,7 +27,9 @@ demo: $(READY) ## fine-tune a real model on real data through DeepSpeed, on this
 	deepspeed --num_accelerators $(RANKS) train.py +exp=lora_cpu
 
 test: $(READY) ## run all tests (WORKERS=2: files at a time)
-	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster
+	# Apart: on a real Slurm everybody has so many seconds to answer, to save, to be found dead.
+	python -m pytest tests/cluster
 
 check: $(READY) ## lint and types
 	ruff check . && mypy

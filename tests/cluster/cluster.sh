@@ -72,7 +72,7 @@ slurm_conf() {
     # cred_expire: how long a requeued job waits at least; 5 is the least that Slurm takes (default 120 s).
     # SlurmdTimeout: longer than the launcher needs to find a node gone, as on real clusters (default 300 s).
     # config_overrides: nodes may claim more cores than this machine has.
-    # Partition low gives way to high: GraceTime 15 s after a warning, which goes to the batch script as --signal says.
+    # Partition low gives way to high: GraceTime 60 s after a warning, which goes to the batch script as --signal says.
     cat <<CONF
 ClusterName=tests
 SlurmctldHost=head(10.77.0.1)
@@ -105,7 +105,7 @@ MinJobAge=3600
 DefMemPerCPU=100
 NodeName=node[1-2] CPUs=8 RealMemory=8000 State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF
 CONF
 }
