@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 1
 EXP ?= lora_cpu
+WORKERS ?= 2
 READY := $(VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -25,8 +26,10 @@ $(READY): setup.cfg constraints.txt
 demo: $(READY) ## fine-tune a real model on real data through DeepSpeed, on this CPU, and show what it learned (RANKS=2: two ranks)
 	deepspeed --num_accelerators $(RANKS) train.py +exp=lora_cpu
 
-test: $(READY) ## run all tests
-	python -m pytest
+test: $(READY) ## run all tests (WORKERS=2: files at a time)
+	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster
+	# Apart: on a real Slurm everybody has so many seconds to answer, to save, to be found dead.
+	python -m pytest tests/cluster
 
 check: $(READY) ## lint and types
 	ruff check . && mypy

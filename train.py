@@ -7,11 +7,13 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
-from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.hardware import measure_cpu, prepare_environment, this_machine
 from tunesmith.plan import beside, describe, make_plan, shape_needs_files
 from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
 from tunesmith.world import World, this_world
@@ -22,10 +24,16 @@ sys.argv[1:] = drop_local_rank(sys.argv[1:])
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
+def main(composed: DictConfig) -> float | None:
     world = this_world()
+    hydra_says = HydraConfig.get()
+    if hydra_says.mode is RunMode.MULTIRUN and world.size == 1:
+        from launcher.sweep import run_in_child
+
+        return run_in_child(typed(composed), hydra_says.overrides.task, this_machine())
     with failures(world) as failing:
         run(typed(composed), world, failing)
+    return None
 
 
 def run(config: Config, world: World, failing: list[RunFolder]) -> None:
@@ -39,6 +47,9 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     plan = make_plan(config, machine, world.size, local_size=world.local_size, model_folder=base)
     folder = RunFolder.of(config, plan, world)
     if folder.say_if_complete():
+        from tunesmith.metrics import hand_over_again
+
+        hand_over_again(config, folder)
         return
 
     prepare_environment(on_cpu=plan.card == "cpu")
@@ -48,6 +59,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     data.prepare_files(config)
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
+    if plan.card == "cpu":
+        measure_cpu(config.hardware.peak, machine, config.precision.compute.name, plan.threads)
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
         longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,
@@ -75,8 +88,9 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         steps, ended = loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
-        sinks.summarise({**after, "run/ended": ended})
-    folder.say(beside(plan, metrics.read_metrics(folder.path / "metrics.jsonl")))
+        rows = metrics.read_metrics(folder.path / "metrics.jsonl")
+        sinks.summarise({**after, **metrics.totals(rows, world.size, config.hardware.price_per_h), "run/ended": ended})
+    folder.say(beside(plan, rows))
     folder.complete(steps, ended, evaluate.side_by_side(dataset, before, after, config.eval.samples))
     if world.is_main:
         report.write_report(folder.path)

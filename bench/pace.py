@@ -21,10 +21,10 @@ import torch
 
 from bench.memory import Case, batch_of, grid, model_in
 from tunesmith.config import Compute
-from tunesmith.hardware import measure_peak
+from tunesmith.hardware import Overheads, measure_peak, overheads, this_machine
 from tunesmith.plan import step_flops, trained_weights
 from tunesmith.plan.memory import setting_of
-from tunesmith.plan.pace import CPU, READS, step_seconds
+from tunesmith.plan.pace import READS, speed_of, step_seconds
 from tunesmith.plan.replay import replayed
 
 REPEATS = 8
@@ -58,16 +58,16 @@ def flops(case: Case) -> float:
     return step_flops(case.shape, case.config().method, lengths, targets, checkpointing=case.checkpointing).executed
 
 
-def predicted(case: Case, peak: float) -> float:
+def predicted(case: Case, peak: float, cpu: Overheads | None) -> float:
     tokens = case.rows * case.length
     seconds = step_seconds(
         case.shape, case.config(), None, 1, flops=flops(case), peak_flops=peak, tokens=tokens, accumulation=case.accumulation,
-        trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets,
+        trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, overheads=cpu,
     )  # fmt: skip
     return sum(seconds.values())
 
 
-def fit(cases: list[Case], times: list[float], peaks: dict[Compute, float]) -> None:
+def fit(cases: list[Case], times: list[float], peaks: dict[Compute, float], cpu: Overheads | None) -> None:
     """Print what plan/pace.py declares for a CPU: relative errors of every second case least."""
     rows = []
     for case in cases:
@@ -77,7 +77,8 @@ def fit(cases: list[Case], times: list[float], peaks: dict[Compute, float]) -> N
     scaled = np.array(rows) / np.array(times)[:, None]
     found, *_ = np.linalg.lstsq(scaled[::2], np.ones(len(times))[::2], rcond=None)
     print(f"matmul share {1 / found[0]:.2f} in fp32, {1 / found[1]:.2f} in bf16; {1 / found[2] / 1e9:.0f} GB/s; "
-          f"{found[3] * 1e6:.1f} us an operator; {found[4] * 1e9:.1f} ns a random number; now {CPU[Compute.fp32]}")  # fmt: skip
+          f"{found[3] * 1e6:.1f} us an operator; {found[4] * 1e9:.1f} ns a random number; "
+          f"now {speed_of(None, Compute.fp32, cpu)}")  # fmt: skip
     rest = np.abs(scaled[1::2] @ found - 1)
     print(f"the other half: median {np.median(rest):.1%}, worst {rest.max():.1%}")
 
@@ -88,21 +89,22 @@ def main() -> None:
     asked = parser.parse_args()
     threads = torch.get_num_threads()
     peaks = {compute: measure_peak(compute.value, "cpu", threads) for compute in (Compute.fp32, Compute.bf16)}
-    print(f"{threads} threads, " + ", ".join(f"{compute.value} {peak / 1e9:.0f} GFLOPS" for compute, peak in peaks.items()))
+    cpu = overheads(this_machine(), threads)
+    print(f"{threads} threads, {cpu}, " + ", ".join(f"{compute.value} {peak / 1e9:.0f} GFLOPS" for compute, peak in peaks.items()))
     cases = [case for case in grid() if not case.halves]
     errors, times = [], []
     print("| configuration | predicted ms | measured ms | error |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
             times.append(measured(case, Path(folder)))
-            guess = predicted(case, peaks[case.compute])
+            guess = predicted(case, peaks[case.compute], cpu)
             errors.append(guess / times[-1] - 1)
             print(f"| {case} | {1000 * guess:.1f} | {1000 * times[-1]:.1f} | {errors[-1]:+.0%} |", flush=True)
     sizes = sorted(map(abs, errors))
     within = sum(size <= 0.2 for size in sizes)
     print(f"\n{len(cases)} configurations: median error {median(sizes):.1%}, worst {sizes[-1]:.1%}, {within} within 20 %")
     if asked.fit:
-        fit(cases, times, peaks)
+        fit(cases, times, peaks, cpu)
 
 
 if __name__ == "__main__":

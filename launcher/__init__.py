@@ -1,1 +1,1 @@
-"""From one command to all ranks of this machine; several nodes and sweeps get their own issue."""
+"""From one command to all ranks: of this machine, of several that are reached by ssh, or of a Slurm job."""

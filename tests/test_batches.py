@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain, pairwise
 
 import numpy as np
@@ -333,6 +334,10 @@ def test_work_is_what_all_ranks_compute(batches: Batches, world_size: int) -> No
         segments = Counter((segment.length, segment.context_length) for batch in made for segment in batch.segments)
         assert Counter(zip(work.padded_lengths, work.contexts, strict=True)) == segments
         assert sum(work.padded_lengths) == sum(len(batch.ids) for batch in made)
+        own = [batches.work(step, world_size, rank) for rank in range(world_size)]
+        for name, total in asdict(work).items():
+            assert total == sum((asdict(one)[name] for one in own), type(total)()), name
+        assert work.targets == batches.targets(step)
         assert work.conversations == len(batches.conversations(step))
         assert work.conversation_tokens == sum(batches.examples[i].computed for i in batches.conversations(step)) >= sum(work.lengths)
         assert all(padded >= length for padded, length in zip(work.padded_lengths, work.lengths, strict=True))
@@ -577,3 +582,29 @@ def test_only_the_conversations_of_a_step_are_read() -> None:
         batches.micro_batches(step, 1, 2)
         batches.work(step, 2)
         assert read == Counter(batches.conversations(step))
+
+
+@pytest.mark.parametrize("batching", [Batching.ragged, Batching.packed])
+def test_a_thousand_ranks(batching: Batching) -> None:
+    """Each conversation of an epoch on one of 1,024 ranks, equally many micro-batches on each; a rank reads its own tokens alone."""
+    read: Counter[int] = Counter()
+
+    class Watched(ListedExamples):
+        def __getitem__(self, index: int) -> Example:
+            read[index] += 1
+            return super().__getitem__(index)
+
+    ranks, lengths = 1024, np.random.default_rng(0).integers(2, 200, 10_000)
+    batches = Batches(Watched([example_of([NO] * int(n - 1) + [YES]) for n in lengths]), 4096, 2, 0, batching, row=256)
+    dealt: Counter[int] = Counter()
+    for step in range(batches.steps_per_epoch):
+        split = batches.split(step, ranks)
+        assert len(split) == ranks and len({len(parts) for parts in split}) == 1
+        for parts in split:
+            dealt.update(chain(*parts))
+    assert dealt == Counter(range(len(lengths)))
+    read.clear()
+    batches.micro_batches(1, 700, ranks)
+    work = batches.work(1, ranks, 700)
+    own, shortest = list(chain(*batches.split(1, ranks)[700])), batches.conversations(1)[-1]
+    assert work.conversations == len(own) > 0 and read.keys() <= {*own, shortest}

@@ -12,7 +12,17 @@ from types import SimpleNamespace
 import pytest
 
 from tunesmith import hardware
-from tunesmith.hardware import CARDS, FAKE_MACHINE, Machine, card_table, find_card, peak_flops, this_machine
+from tunesmith.hardware import (
+    CARDS,
+    FAKE_MACHINE,
+    Machine,
+    card_table,
+    find_card,
+    measure_cpu,
+    overheads,
+    peak_flops,
+    this_machine,
+)  # fmt: skip
 
 DOCS = Path(__file__).parents[1] / "docs" / "hardware.md"
 T4 = Machine("cuda", ("Tesla T4",), (14.56,), 8, 51.0, "some CPU")
@@ -264,6 +274,27 @@ def test_measured_peak_is_kept(tmp_path: Path) -> None:
     assert peak_flops("measure", cpu, "fp32", 1, measure=False)[0] == peak, "the second time nothing is run"
     assert peak_flops("table", cpu, "fp32", 2, measure=False) == waiting, "other threads, other peak"
     assert peak_flops("table", T4, "fp32", 2, measure=False, cpu=True)[1].endswith("some CPU"), "cards, but on the CPU"
+
+
+def test_what_a_plan_needs_of_a_cpu_is_measured_once() -> None:
+    cpu = Machine(cpu_name="Toy")
+    assert overheads(cpu, 1, measure=False) is None
+    measure_cpu("table", cpu, "fp32", 1)
+    first = overheads(cpu, 1, measure=False)
+    assert first is not None
+    assert 1e9 < first.bytes_per_s < 1e13
+    assert 1e-8 < first.operator_s < 1e-3
+    assert 1e-11 < first.random_s < 1e-6
+    measure_cpu("table", cpu, "fp32", 1)
+    assert overheads(cpu, 1) == first, "a second time would not give the same numbers to the last bit"
+    assert overheads(cpu, 2, measure=False) is None, "other threads, other numbers"
+
+
+def test_two_cpus_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Machine(cpu_name="AMD EPYC")
+    measure_cpu("table", cpu, "fp32", 1)
+    monkeypatch.setattr(hardware, "_lines", lambda path: ["model name\t: AMD EPYC", "model\t\t: 17"])
+    assert peak_flops("table", cpu, "fp32", 1, measure=False)[0] is None, "it has another model number"
 
 
 @pytest.mark.parametrize("content", ["{torn", "[1]", '{"x": "y"}'])

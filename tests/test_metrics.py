@@ -661,7 +661,7 @@ def test_deepspeed_communication_is_wall_time() -> None:
 
 # --- docs/metrics.md -----------------------------------------------------------------------------------------------
 
-NAME = re.compile(r"(train|dev|test|speed|data|time|memory|card|plan)/[a-z0-9_]+")
+NAME = re.compile(r"(train|dev|test|speed|data|time|memory|card|plan|run)/[a-z0-9_]+")
 
 
 def logged_names() -> set[str]:
@@ -669,7 +669,7 @@ def logged_names() -> set[str]:
     from tunesmith.loop import held_out
 
     names: set[str] = set()
-    for file in ("loop.py", "evaluate.py", "metrics/meter.py", "plan/__init__.py"):
+    for file in ("loop.py", "evaluate.py", "metrics/meter.py", "metrics/totals.py", "plan/__init__.py"):
         tree = ast.parse((ROOT / "src/tunesmith" / file).read_text())
         names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     measured = Meter(CPU, 1, peak_flops=1.0)

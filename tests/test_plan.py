@@ -844,3 +844,17 @@ def test_the_whole_command_takes_less_than_two_seconds() -> None:
     assert done.returncode == 0, done.stderr
     assert perf_counter() - start < 2
     assert "of 14.6 GiB a rank" in done.stdout
+
+
+def test_ranks_on_several_machines_wait_for_the_network() -> None:
+    """The slowest link paces a ring: 8 + 8 ranks over 25 Gbit/s wait longer than 16 in one machine, over 1,000 Gbit/s only for hops."""
+    config = config_of(**ON_A10, train__conversations_per_step=64)
+    machine = replace(A10S, device_names=A10S.device_names[:1] * 16, memory_gib=A10S.memory_gib[:1] * 16)
+    one, two = make_plan(config, machine, 16), make_plan(config, machine, 16, local_size=8)
+    assert (one.nodes, two.nodes, one.sent) == (1, 2, two.sent)
+    assert two.time["communication"] == pytest.approx(two.sent / (25e9 / 8 * 0.75), rel=0.1)
+    assert one.time["communication"] == two.sent / (31.5e9 * 0.75)
+    fast = make_plan(changed(config, {"hardware.network_gbit_per_s": 1000.0}), machine, 16, local_size=8)
+    assert one.time["communication"] < fast.time["communication"] < two.time["communication"]
+    assert "nodes    2 x 8 ranks, network 25 Gbit/s assumed" in describe(two) and "nodes " not in describe(one)
+    assert fast.run_id == two.run_id

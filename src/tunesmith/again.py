@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tunesmith import lifeline
 from tunesmith.config import Refusal
 from tunesmith.records import read_json, write_json
 from tunesmith.world import World
@@ -104,6 +105,7 @@ class Restarts:
         """Become a new process with the number, the command and the environment of this one."""
         sys.stdout.flush()
         sys.stderr.flush()
+        lifeline.say(lifeline.AGAIN)
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):  # the list's own is closed already
                 if number > 2:  # sockets of the process group, the card, and the pipe to W&B's process, which ends with it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = commands.add_parser("plan", help="what a run would take before it is started: memory, time, cost; or what fits on a card")
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for train.py, e.g. +exp=qlora_t4")
     plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks (hardware.count, or a rank for each card that is here)")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that the ranks are on (1)")
     plan.add_argument("--fit", action="store_true", help="what fits: methods and ZeRO stages down, lengths across")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     export.add_argument("--original", action="store_true", help="in ChatGLM's published layout, for its own code")
     report = commands.add_parser("report", help="write a run's report.html anew")
     report.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
+    add_comparing(commands)
     asked, more = parser.parse_known_args(drop_local_rank(list(sys.argv[1:] if arguments is None else arguments)))
     if any(word.startswith("-") for word in more) or (more and not hasattr(asked, "words")):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -72,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(examine(asked.words, asked.json))
         if asked.command == "plan":
             print(planned(asked))
+            return
+        if asked.command in COMPARING:
+            COMPARING[asked.command](asked)
             return
         if not (asked.run / "config.yaml").is_file():
             raise Refusal(f"{asked.run}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
@@ -93,6 +100,81 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(refusal)
 
 
+def add_comparing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The words of what looks at many runs."""
+    runs = commands.add_parser("runs", help="what runs there are, and how far they are")
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), metavar="FOLDER", help="where runs are (outputs)")
+    runs.add_argument("--watch", action="store_true", help="go on until all are over, or Ctrl-C")
+    runs.add_argument("--json", action="store_true", help="for programs")
+    compare = commands.add_parser("compare", help="runs side by side: what differs, what came of it, and what of that is noise")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, folders of runs (outputs/NAME), or patterns of them")
+    compare.add_argument("--quality", default="", metavar="METRIC", help="what runs are judged by (dev/loss)")
+    compare.add_argument("--against", default="", metavar="METRIC", help="what that is held against (run/cost, else run/hours)")
+    compare.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs no network")
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write a row a run")
+    differ = commands.add_parser("diff", help="two runs: settings, data, versions, and what came of it")
+    differ.add_argument("runs", nargs=2, metavar="RUN", help="a run folder, outputs/NAME/ID")
+    view = commands.add_parser("wandb-view", help="save a workspace with these tables and charts in a W&B project")
+    view.add_argument("project", nargs="?", default="tunesmith", help="the W&B project (tunesmith)")
+    view.add_argument("--entity", default="", help="team or user (the account's own)")
+    view.add_argument("--name", default="tunesmith", help="what the view is called")
+    view.add_argument("--quality", default="dev/loss", metavar="METRIC", help="what runs are judged by (dev/loss)")
+
+
+def look_at_runs(asked: argparse.Namespace) -> None:
+    """The runs below a folder, as a table or for programs."""
+    from tunesmith.compare import find_runs, glance, runs_below
+    from tunesmith.report.terminal import show_runs
+
+    find_runs([str(asked.folder)])  # refuses where there is none
+    if not asked.json:
+        show_runs(lambda: [glance(run) for run in runs_below(asked.folder)], asked.watch)
+        return
+    found = [vars(glance(run)) for run in runs_below(asked.folder)]
+    plain = [{key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in one.items()} for one in found]
+    print(json.dumps(plain, indent=1, ensure_ascii=False))
+
+
+def compare_runs(asked: argparse.Namespace) -> None:
+    """Runs side by side, in the terminal and in files."""
+    from tunesmith.compare import Run, compare, find_runs
+    from tunesmith.report.compare_page import BRAND, write_compare_page
+    from tunesmith.report.terminal import check_ours, show_comparison, write_csv
+
+    found = compare([Run(run) for run in find_runs(asked.runs)], asked.quality, asked.against)
+    if asked.html:
+        check_ours(asked.html, BRAND)
+    if asked.csv:
+        write_csv(asked.csv, found)
+    show_comparison(found)
+    if asked.html:
+        write_compare_page(asked.html, found)
+        print(f"\n{asked.html}")
+
+
+def diff_runs(asked: argparse.Namespace) -> None:
+    """What differs between two runs."""
+    from tunesmith.compare import Run, difference
+    from tunesmith.compare.runs import is_run
+    from tunesmith.report.terminal import show_difference
+
+    for word in asked.runs:
+        if not is_run(Path(word)):
+            raise Refusal(f"{word}: not a run folder (no config.yaml) — name a folder outputs/NAME/ID")
+    first, second = (Run(Path(word)) for word in asked.runs)
+    show_difference([first.name, second.name], difference(first, second))
+
+
+def save_view(asked: argparse.Namespace) -> None:
+    """A workspace in W&B with the panels of a comparison."""
+    from tunesmith.metrics.wandb_view import save
+
+    print(save(asked.project, asked.entity, asked.name, asked.quality))
+
+
+COMPARING = {"runs": look_at_runs, "compare": compare_runs, "diff": diff_runs, "wandb-view": save_view}
+
+
 def finished(run: Path) -> Path:
     """What a run left, an adapter or a model; raises Refusal if there is none yet."""
     folder = RunFolder(run, World())
@@ -108,12 +190,14 @@ def planned(asked: argparse.Namespace) -> str:
 
     if asked.ranks < 0:
         raise Refusal(f"--ranks {asked.ranks}: a run has at least one — type --ranks 1")
+    if asked.nodes < 1:
+        raise Refusal(f"--nodes {asked.nodes}: a run has at least one — type --nodes 1")
     config, folder = compose(asked.words), None
     if shape_needs_files(config.model.path, config.model.known_as):
         from tunesmith.model.source import model_folder
 
         folder = model_folder(config.model)
-    return plan_text(config, this_machine(), ranks=asked.ranks, table=asked.fit, model_folder=folder)
+    return plan_text(config, this_machine(), ranks=asked.ranks, nodes=asked.nodes, table=asked.fit, model_folder=folder)
 
 
 def data_config(words: Sequence[str]) -> Config:

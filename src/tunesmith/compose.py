@@ -154,7 +154,7 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = node._get_node(key)
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif not OmegaConf.is_interpolation(node, key):
+        elif not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
             yield f"{prefix}{key}", OmegaConf.to_container(value) if isinstance(value, ListConfig) else node[key]
 
 

@@ -341,6 +341,10 @@ class Hardware:
     """Peak for MFU: table (the card's datasheet; measured on a CPU), measure (a matmul at start, cached), or a number of FLOPS."""
     threads: int = 0
     """CPU threads a rank; 0: the cores divided by the local ranks."""
+    network_gbit_per_s: float = 0.0
+    """Network of a machine, one way, for the plan of a run on several; 0: 25 is assumed."""
+    gres: str = ""
+    """What Slurm calls such a card, as sinfo -o %G shows it without the number (gpu:a10); empty: no card is asked for."""
     price_per_h: float = 0.0
     """Price of one rank's card (or share of a CPU machine) an hour, in any currency: the plan then says what the run costs."""
 
@@ -372,13 +376,41 @@ class Tracker:
     entity: str = ""
     """W&B entity (team or user); empty: the account's own."""
     group: str = ""
-    """W&B group, for the runs of one sweep."""
+    """W&B group, for the runs of one sweep; empty: the experiment's name."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
     job_type: str = "train"
     """W&B job type."""
     init_timeout_s: float = 5.0
     """How long W&B may take to answer at start before it is logged offline instead; the run itself never waits for it."""
+
+
+@dataclass
+class Slurm:
+    """What a job asks of a Slurm cluster; those of your own are best kept in conf/local/default.yaml."""
+
+    partition: str = ""
+    """Partition; empty: the cluster's default one."""
+    account: str = ""
+    """Account that the time is billed to; empty: your default one."""
+    time: str = "24:00:00"
+    """Time limit, as Slurm writes it: minutes, h:mm:ss or d-h:mm:ss."""
+    in_pieces: bool = False
+    """The run may take longer than slurm.time: at the limit it is saved, queued again, and goes on."""
+    signal_s: int = 120
+    """How long before the time limit, or at most after a preemption, the ranks are told to save."""
+    most_idle_requeues: int = 3
+    """How often in a row the job may be queued again without a new checkpoint, before it stops as failed."""
+    cpus: int = 0
+    """CPU cores a rank; 0: the cluster's default."""
+    memory: str = ""
+    """Main memory a node, as 64G; empty: the cluster's default."""
+    options: list[str] = field(default_factory=list)
+    """Further options of sbatch, as [--exclusive,--qos=long]."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that every job begins with, as [module load cuda/12.4]."""
+    container: str = ""
+    """Words before each rank's program that put it into a container, as: apptainer exec --nv /images/torch.sif."""
 
 
 @dataclass
@@ -397,6 +429,7 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     eval: Eval = field(default_factory=Eval)
     tracker: Tracker = field(default_factory=Tracker)
+    slurm: Slurm = field(default_factory=Slurm)
 
 
 # What may change without changing the result: left out of the run id, so `tracker=wandb` resumes the same run.
@@ -413,4 +446,5 @@ NOT_IN_RUN_ID = (
     "hardware",
     "eval",
     "tracker",
+    "slurm",
 )

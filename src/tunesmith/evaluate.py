@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from tunesmith.data.examples import Examples
 from tunesmith.data.templates import Renderer, parse_call
 from tunesmith.engine import Engine
 from tunesmith.loop import held_out
+from tunesmith.metrics.uncertainty import Interval, f1_interval, wilson
 from tunesmith.model import new_tokens
 
 _BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
@@ -25,7 +27,7 @@ _BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
 def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int) -> dict[str, Any]:
     """Losses on dev and test, what an n-gram model reaches there, and the quality of generated answers, equal on all ranks.
 
-    The answers are under "answers".
+    The answers are under "answers", 95 % intervals of what they score under "intervals".
     """
     start = time.perf_counter()
     found: dict[str, Any] = {}
@@ -39,6 +41,7 @@ def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int)
     if questions:
         answers = answer(engine, questions, dataset.renderer, settings)
         found |= score(questions, answers)
+        found["intervals"] = intervals(questions, answers)
         found["answers"] = answers
     found["conversations"] = len(questions)
     found["seconds"] = time.perf_counter() - start
@@ -99,33 +102,48 @@ def generate(model: Any, prompts: Sequence[list[int]], renderer: Renderer, max_n
     return texts
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Intent accuracy, micro slot F1 and exact match where calls are wanted; exact match of the text elsewhere.
+@dataclass(frozen=True)
+class Judged:
+    """One answer held against what was wanted."""
 
-    A slot counts as found if name and value agree (values compared as text, ignoring case). An answer that is no call has
-    no intent and no slots.
-    """
-    intents = exact = 0
-    true_positive = predicted = wanted = 0
-    calls = 0
-    for question, text in zip(questions, answers, strict=True):
-        gold = question.answer.call
-        if gold is None:
-            exact += text.strip() == question.answer.content.strip()
-            continue
-        calls += 1
-        said = parse_call(text) or Call("", {})
-        gold_slots, said_slots = slots(gold), slots(said)
-        intents += said.name == gold.name
-        exact += said.name == gold.name and said_slots == gold_slots
-        true_positive += len(gold_slots & said_slots)
-        predicted += len(said_slots)
-        wanted += len(gold_slots)
-    scores = {"test/exact_match": exact / len(questions)}
-    if calls:
-        scores["test/intent_accuracy"] = intents / calls
-        scores["test/slot_f1"] = 2 * true_positive / max(1, predicted + wanted)
+    exact: bool
+    intent: bool | None
+    """Whether it calls the wanted function; None where no call was wanted."""
+    slots: tuple[int, int, int]
+    """Found, given and wanted parameters."""
+
+
+def judge(question: Question, text: str) -> Judged:
+    """A slot counts as found if name and value agree (values compared as text, ignoring case). An answer that is no call has
+    no intent and no slots."""
+    gold = question.answer.call
+    if gold is None:
+        return Judged(text.strip() == question.answer.content.strip(), None, (0, 0, 0))
+    said = parse_call(text) or Call("", {})
+    gold_slots, said_slots = slots(gold), slots(said)
+    intent = said.name == gold.name
+    return Judged(intent and said_slots == gold_slots, intent, (len(gold_slots & said_slots), len(said_slots), len(gold_slots)))
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Intent accuracy, micro slot F1 and exact match where calls are wanted; exact match of the text elsewhere."""
+    judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
+    scores = {"test/exact_match": sum(one.exact for one in judged) / len(judged)}
+    if intents := [one.intent for one in judged if one.intent is not None]:
+        found, given, wanted = (sum(one.slots[part] for one in judged) for part in range(3))
+        scores["test/intent_accuracy"] = sum(intents) / len(intents)
+        scores["test/slot_f1"] = 2 * found / max(1, given + wanted)
     return scores
+
+
+def intervals(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Interval]:
+    """95 % intervals of the scores, as if the questions were drawn from all that could be asked; training adds noise of its own."""
+    judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
+    found = {"test/exact_match": wilson(sum(one.exact for one in judged) / len(judged), len(judged))}
+    if calls := [one for one in judged if one.intent is not None]:
+        found["test/intent_accuracy"] = wilson(sum(bool(one.intent) for one in calls) / len(calls), len(calls))
+        found["test/slot_f1"] = f1_interval([one.slots for one in calls])
+    return found
 
 
 def slots(call: Call) -> set[tuple[str, str]]:

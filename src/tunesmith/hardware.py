@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from filelock import FileLock
 
 from tunesmith.config import Refusal
 
@@ -347,12 +351,88 @@ def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> f
     return peak
 
 
-def _peak_key(name: str, dtype: str, threads: int) -> str:
+def measure_cpu(setting: str, machine: Machine, dtype: str, threads: int) -> None:
+    """Measure, once a machine, what a plan's times on a CPU rest on: of its ranks one measures, and the others wait and read.
+
+    setting is hardware.peak. Where nothing can be kept, nothing is measured here.
+    """
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(str(_cache_file()) + ".lock"):
+            peak_flops(setting, machine, dtype, threads, cpu=True)
+            overheads(machine, threads)
+    except OSError:
+        pass
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What this CPU takes for all that is no matmul."""
+
+    bytes_per_s: float
+    """Read and written by an elementwise operator, operands of 4 MB."""
+    operator_s: float
+    """An operator on eight numbers, in autograd, forward or backward."""
+    random_s: float
+    """One number of a dropout mask."""
+
+
+def overheads(machine: Machine, threads: int, *, measure: bool = True) -> Overheads | None:
+    """Measured once a machine and kept, a tenth of a second; with measure=False None where it has not been yet."""
+    keys = [_peak_key(machine.cpu_name, field.name, threads) for field in fields(Overheads)]
+    known = _cached_peaks()
+    if all(key in known for key in keys):
+        return Overheads(*(known[key] for key in keys))
+    if not measure:
+        return None
+    import torch
+
+    one, other, small = torch.randn(1 << 20), torch.randn(1 << 20), torch.ones(8, requires_grad=True)
+    mask = torch.empty(1 << 18)
+
+    def chain() -> None:
+        x = small
+        for _ in range(50):
+            x = x * 1.5
+        x.sum().backward()  # type: ignore[no-untyped-call]  # torch's
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        added, chained, drawn = (_best_s(work) for work in (lambda: one + other, chain, lambda: mask.bernoulli_(0.9)))
+    finally:
+        torch.set_num_threads(before)
+    found = Overheads(12 * len(one) / added, chained / 100, drawn / len(mask))
+    for key, value in zip(keys, astuple(found), strict=True):
+        _remember(key, value)
+    return found
+
+
+def _best_s(work: Callable[[], object], repeats: int = 7, least_s: float = 0.004) -> float:
+    """Seconds of one call, the best of some means over at least least_s each, which others' work disturbs least."""
+    work()
+    best = float("inf")
+    for _ in range(repeats):
+        calls, start_s, spent_s = 0, time.perf_counter(), 0.0
+        while spent_s < least_s:
+            work()
+            calls, spent_s = calls + 1, time.perf_counter() - start_s
+        best = min(best, spent_s / calls)
+    return best
+
+
+def _peak_key(name: str, what: str, threads: int) -> str:
     try:
         torch_version = version("torch")
     except PackageNotFoundError:
         torch_version = "none"
-    return f"{name} | {dtype} | {threads} threads | torch {torch_version}"
+    return f"{name} | {_this_cpu()} | {what} | {threads} threads | torch {torch_version}"
+
+
+def _this_cpu() -> str:
+    """Tells CPUs apart that have one name: virtual machines say "AMD EPYC" for several generations, and a home may be shared."""
+    told = [line for line in _lines("/proc/cpuinfo") if line.partition("\t")[0] in ("cpu family", "model", "stepping", "flags")]
+    return hashlib.sha256("\n".join([platform.node(), *sorted(set(told))]).encode()).hexdigest()[:8]
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from tunesmith.again import OutOfMemory
 from tunesmith.checkpoint import Checkpoints
 from tunesmith.config import Compute, Config, Optim, Refusal, Schedule
@@ -18,6 +20,7 @@ from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import perplexity
 from tunesmith.model.halves import LARGEST, advice, widest
 from tunesmith.plan import Plan, step_flops
+from tunesmith.plan.shapes import gathers_by_hooks
 from tunesmith.run import Stopped, StopSignal
 
 
@@ -127,7 +130,8 @@ def train(parts: Training, done: int) -> tuple[int, str]:
             saved = parts.checkpoints.save(done)
             if stopping:
                 kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
-                raise Stopped(f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on", done)
+                told = f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on"
+                raise Stopped(told, done, stopping)
     parts.stop.disarm()
     return done, _ending(parts, done)
 
@@ -152,10 +156,11 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
     with parts.meter.phase("data"):
         world = parts.engine.world
         batches = parts.batches.micro_batches(step, world.rank, world.size)
-        work = parts.batches.work(step, world.size)
+        targets = parts.batches.targets(step)
+        work = parts.batches.work(step, world.size, world.rank)
     lr = learning_rate(parts.config.optim, step, parts.plan.steps)
     try:
-        outcome = parts.engine.step(batches, work.targets, lr, parts.meter.phase)
+        outcome = parts.engine.step(batches, targets, lr, parts.meter.phase)
     except FloatingPointError as error:
         places = ", ".join(parts.batches.examples[i].place for i in parts.batches.conversations(step)[:4])
         advice = "a lower optim.lr or precision=fp32 may help"
@@ -170,10 +175,15 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         checkpointing=parts.config.engine.checkpointing,
         checkpoint_every=parts.config.engine.checkpoint_every,
         micro_batches=work.micro_batches,
+        gathered=gathers_by_hooks(parts.config.engine),
     )
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real
-    rate = Rate(work.conversations, computed, computed - real, shared, work.targets, flops.useful, flops.executed)
+    # Each rank counts its own part: with 1,024 ranks, to count all would take longer than to compute one.
+    own = [work.conversations, computed, computed - real, shared, work.targets, flops.useful, flops.executed]
+    total = parts.engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    conversations, tokens, padding, saved, learned = map(int, total[:5])
+    rate = Rate(conversations, tokens, padding, saved, learned, total[5], total[6])
     return {
         "train/loss": outcome.loss,
         "train/lr": lr,

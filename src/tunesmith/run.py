@@ -26,24 +26,31 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from tunesmith import lifeline
 from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal
 from tunesmith.plan import Plan, describe
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
-COMPLETED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+COMPLETED, FAILED, REFUSED, OUT_OF_MEMORY, NOT_FINITE, STOPPED = 0, 1, 2, 3, 4, 75
 """Exit codes. 75 is EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on."""
+CODES = {
+    "completed": COMPLETED, "failed": FAILED, "oom": OUT_OF_MEMORY, "nan": NOT_FINITE,
+    "stopped": STOPPED, "preempted": STOPPED, "requeued": STOPPED,
+}  # fmt: skip
+"""Exit code by the state that a run has ended in. The others are pending (it waits in a queue) and running."""
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "wandb", "tunesmith")
 
 
 class Stopped(Exception):
-    """The run was asked to stop, after `step` updates, and has saved its state."""
+    """The run was asked to stop by a signal, after `step` updates, and has saved its state."""
 
-    def __init__(self, text: str, step: int):
+    def __init__(self, text: str, step: int, by: int):
         super().__init__(text)
         self.step = step
+        self.by = by
 
 
 class RunFolder:
@@ -131,7 +138,9 @@ class RunFolder:
         write_text(self.path / "command.txt", command_line(self.world) + "\n")
         write_json(self.path / "plan.json", plan_record(plan))
         write_json(self.path / "environment.json", environment(self.world))
-        self.set_status("running", data=data_fingerprint, steps=plan.steps)
+        self.set_status(
+            "running", data=data_fingerprint, steps=plan.steps, pid=os.getpid(), node=self.world.node, error=None, rank=None, reason=None
+        )
         self.restarts.note_start()
 
     def evaluation(self, name: str, work: Callable[[], dict[str, Any]], wanted: bool) -> dict[str, Any]:
@@ -148,9 +157,10 @@ class RunFolder:
         return found
 
     def set_status(self, state: str, **facts: Any) -> None:
-        """Write status.json: running, stopped, failed or completed, with step and steps."""
+        """Write status.json: a state (a key of CODES, pending or running) and facts beside it; a fact that is None is taken out."""
         if self.world.is_main:
-            write_json(self.path / "status.json", {**self.status(), "state": state, "updated": round(time.time()), **facts})
+            record = {**self.status(), "state": state, "updated": round(time.time()), **facts}
+            write_json(self.path / "status.json", {name: value for name, value in record.items() if value is not None})
 
     def complete(self, steps: int, ended: str, samples: Sequence[Mapping[str, str]]) -> None:
         """Mark the run as done after so many updates, say why it ended, and print the table of before and after."""
@@ -178,6 +188,7 @@ class StopSignal:
         self._seen: dict[int, float] = {}
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
+        lifeline.hold()
 
     def arm(self) -> None:
         """From now on the loop will look; before, a signal leaves at once, as there is nothing to save."""
@@ -189,11 +200,16 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self._armed:
-            os._exit(STOPPED)
+            leave_at_once()
         if number in self._seen and now - self._seen[number] > self.AGAIN_S:
-            os._exit(STOPPED)
+            leave_at_once()
         self._seen.setdefault(number, now)
         self.asked = number
+
+
+def leave_at_once() -> None:
+    lifeline.say(STOPPED)
+    os._exit(STOPPED)
 
 
 @contextmanager
@@ -207,7 +223,7 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
         yield folders
     except Stopped as stopped:
         for folder in folders:
-            folder.set_status("stopped", step=stopped.step)
+            folder.set_status("preempted" if stopped.by == signal.SIGUSR1 else "stopped", step=stopped.step)
         if world.is_main:
             print(f"tunesmith: {stopped}", file=sys.stderr)
         leave(STOPPED)
@@ -216,18 +232,19 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
             print(f"tunesmith: rank {world.rank} ran out of memory: all ranks start again with half the micro-batch", file=sys.stderr)
             folders[0].restarts.begin_again(short)
         except Refusal as refusal:
-            _tell(refusal, world, folders[0])
-            leave(FAILED)
+            _tell(refusal, world, folders[0], "oom")
+            leave(OUT_OF_MEMORY)
     except Refusal as refusal:
         if not world.is_main:
             time.sleep(3)  # rank 0 finds the same; speak only if it has not ended the job by now
         refuse(refusal)
     except Exception as error:
-        _tell(error, world, folders[0] if folders else None)
-        leave(FAILED)
+        state = "nan" if isinstance(error, FloatingPointError) else "failed"
+        _tell(error, world, folders[0] if folders else None, state)
+        leave(CODES[state])
 
 
-def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
+def _tell(error: Exception, world: World, run: RunFolder | None, state: str) -> None:
     if run is not None:
         time.sleep(0.5 * (world.size > 1 and _looks_secondary(error)))
         if run.restarts.is_asked():
@@ -236,12 +253,14 @@ def _tell(error: Exception, world: World, run: RunFolder | None) -> None:
             with (run.path / "first_error.txt").open("x") as file:
                 file.write(f"rank {world.rank} on {world.node}\n{traceback.format_exc()}")
         except FileExistsError:
-            first = (run.path / "first_error.txt").read_text().splitlines()[0]
-            print(f"tunesmith: rank {world.rank} ends because {first} failed first", file=sys.stderr)
+            time.sleep(0.2)  # ranks often fail in the same moment: what the first one writes may not be in its file yet
+            first = (run.path / "first_error.txt").read_text().splitlines() or ["another rank"]
+            print(f"tunesmith: rank {world.rank} ends because {first[0]} failed first", file=sys.stderr)
             return
         except OSError:
             pass  # the folder itself is the trouble: print below
-        run.set_status("failed", error=f"{type(error).__name__}: {error}", rank=world.rank)
+        # Whoever was first writes, and so only one.
+        RunFolder(run.path, World()).set_status(state, error=f"{type(error).__name__}: {error}", rank=world.rank, node=world.node)
     print(f"{traceback.format_exc()}\ntunesmith: rank {world.rank} failed: {type(error).__name__}: {error}", file=sys.stderr)
 
 
@@ -254,6 +273,7 @@ def leave(code: int) -> None:
     interpreter up for minutes, and gloo's threads were seen to abort its teardown after a good run (code 134)."""
     sys.stdout.flush()
     sys.stderr.flush()
+    lifeline.say(code)
     os._exit(code)
 
 
@@ -343,6 +363,7 @@ def environment(world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "node": world.node,
+        "job": world.job,
         "world_size": world.size,
-        "commit": git.stdout.strip(),
+        "commit": os.environ.get("TUNESMITH_COMMIT") or git.stdout.strip(),  # a queued job runs from a copy
     }

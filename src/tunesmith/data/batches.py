@@ -17,10 +17,13 @@ __all__ = [
     "Batches", "Example", "MicroBatch", "Outlook", "StepWork", "data_line", "held_out_batches", "lay_out", "outlook",
 ]  # fmt: skip
 
+ENOUGH = 4096
+"""Conversations that an outlook looks at: a second or so, which steps for hundreds of ranks would exceed."""
+
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step computes over all ranks: known to each rank without asking the others."""
+    """What is computed of one step, on one rank or on all together: any rank can say it of each without asking."""
 
     conversations: int
     conversation_tokens: int
@@ -32,11 +35,11 @@ class StepWork:
     padded_lengths: tuple[int, ...]
     """What each segment fills, padding included."""
     targets: int
-    """Target tokens of the whole step: what the loss is divided by."""
+    """Target tokens."""
     logits: int
     """Positions whose logits are computed: fewer than targets where conversations share some."""
     micro_batches: int
-    """Forwards of all ranks together, stand-ins left out."""
+    """Forwards, stand-ins left out."""
 
 
 class Batches:
@@ -73,6 +76,7 @@ class Batches:
         self._epoch = -1
         self._order = self._cuts = np.empty(0, np.int64)
         self._step = -1
+        self._dealt: dict[int, list[list[list[int]]]] = {}
         self._arranged: dict[tuple[int, ...], tuple[list[Example], list[Node]]] = {}
 
     def conversations(self, step: int) -> list[int]:
@@ -104,6 +108,12 @@ class Batches:
 
     def split(self, step: int, world_size: int) -> list[list[list[int]]]:
         """[rank][accumulation] -> conversations. All ranks get equally many micro-batches, some of them perhaps empty."""
+        self._turn_to(step)
+        if world_size not in self._dealt:
+            self._dealt[world_size] = self._split(step, world_size)
+        return self._dealt[world_size]
+
+    def _split(self, step: int, world_size: int) -> list[list[list[int]]]:
         chosen = self.conversations(step)
         lengths = self.examples.computed[chosen].tolist()
         # What stays together (a row, else one conversation), and the segments it makes in memory.
@@ -131,10 +141,16 @@ class Batches:
             for part in self.split(step, world_size)[rank]
         ]
 
-    def work(self, step: int, world_size: int) -> StepWork:
-        """Lengths and counts of the step over all ranks."""
-        chosen = self.conversations(step)
-        parts = [self._arrange(step, part) for parts in self.split(step, world_size) for part in parts if part]
+    def targets(self, step: int) -> int:
+        """Target tokens of the whole step: what the loss is divided by."""
+        return int(self.examples.target_counts[self.conversations(step)].sum())
+
+    def work(self, step: int, world_size: int, rank: int | None = None) -> StepWork:
+        """Lengths and counts of what a rank computes in a step (None: of what all do, which takes that much longer to find)."""
+        split = self.split(step, world_size)
+        dealt = [part for parts in (split if rank is None else split[rank : rank + 1]) for part in parts if part]
+        chosen = [number for part in dealt for number in part]
+        parts = [self._arrange(step, part) for part in dealt]
         nodes = [node for _, part in parts for node in part]
         return StepWork(
             conversations=len(chosen),
@@ -149,13 +165,17 @@ class Batches:
 
     def _arrange(self, step: int, part: list[int]) -> tuple[list[Example], list[Node]]:
         """A micro-batch's conversations and how they lie: kept for a step, since what it computes and what it weighs both ask."""
-        if step != self._step:
-            self._step, self._arranged = step, {}
+        self._turn_to(step)
         key = tuple(part)
         if key not in self._arranged:
             examples = [self.examples[i] for i in part]
             self._arranged[key] = examples, arrange(examples, self.batching, row=self.row)
         return self._arranged[key]
+
+    def _turn_to(self, step: int) -> None:
+        """Forget what was kept of another step."""
+        if step != self._step:
+            self._step, self._dealt, self._arranged = step, {}, {}
 
 
 def deal(costs: Sequence[float], count: int, most: int) -> list[list[int]]:
@@ -208,8 +228,9 @@ class Outlook:
 
 
 def outlook(batches: Batches, world_size: int, steps: int = 8) -> Outlook:
-    """Count the first `steps` steps of an epoch (or all that it has), without making a micro-batch."""
-    steps = min(steps, batches.steps_per_epoch)
+    """Count the first `steps` steps of an epoch (or all that it has, or fewer large ones), without making a micro-batch."""
+    per_step = len(batches.examples) / batches.steps_per_epoch
+    steps = max(1, min(steps, batches.steps_per_epoch, int(ENOUGH / per_step)))
     works = [batches.work(step, world_size) for step in range(steps)]
     computed = sum(sum(work.padded_lengths) for work in works)
     return Outlook(

@@ -18,6 +18,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tunesmith.config import Config, TrackerKind, TrackerMode
+from tunesmith.metrics.totals import totals
+from tunesmith.plan import run_id
+from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
 from tunesmith.run import RunFolder, as_mapping
 
@@ -85,11 +88,18 @@ class JsonLines:
         return self._file.read(1)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows."""
+def read_metrics(path: Path, last_bytes: int = 0) -> list[dict[str, Any]]:
+    """Read metrics.jsonl in step order; the last line of a step counts, torn lines are left out, no file is no rows.
+
+    last_bytes: only what stands in the last so many bytes; 0: all.
+    """
     rows: dict[int, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with path.open("rb") as file:
+            if last_bytes:
+                file.seek(max(0, path.stat().st_size - last_bytes))
+            text = file.read().decode("utf-8", "replace")
+        for line in text.splitlines():
             try:  # a line is one flat object: after a torn write the last "{" is where the resumed run went on
                 row = json.loads(line[max(line.rfind("{"), 0) :])
             except ValueError:
@@ -149,7 +159,8 @@ class WandbSink:
 
     When W&B does not answer within tracker.init_timeout_s, breaks down later, or has not taken everything when the run
     ends, another process reads the same lines into an offline run, to be sent with `wandb sync`. wandb.json in the run
-    folder keeps the W&B run's id, so that a resumed run continues it, and how far the record has been read.
+    folder keeps the W&B run's id, so that a resumed run continues it, and how far the record has been read. The agent of a W&B
+    sweep has opened a run already: that is the one then, and gets the record from its beginning.
     """
 
     CLOSE_S = 20.0
@@ -161,7 +172,10 @@ class WandbSink:
         tracker, state = config.tracker, run / "wandb.json"
         known = read_json(state)
         if known is None:
-            write_json(state, known := {"id": secrets.token_hex(4), "read": 0})
+            known = {"id": secrets.token_hex(4), "read": 0}
+        if (opened := opened_by_agent()) and opened != known["id"]:
+            known = {"id": opened, "read": 0}
+        write_json(state, known)
         self._order: dict[str, Any] = {
             "metrics": str(run / "metrics.jsonl"),
             "state": str(state),
@@ -179,7 +193,7 @@ class WandbSink:
                 "resume": "allow",
                 "project": tracker.project,
                 "entity": tracker.entity or None,
-                "group": tracker.group or None,
+                "group": tracker.group or config.name,
                 "tags": tracker.tags or None,
                 "job_type": tracker.job_type,
                 "name": f"{config.name}-{run.name}",
@@ -245,6 +259,37 @@ class WandbSink:
             self._process.communicate()
 
 
+def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """What a run is besides its settings, for W&B's config: by `setting`, which leaves out the seed alone, its tables group seeds."""
+    plan, environment = (read_json(folder.path / name) or {} for name in ("plan.json", "environment.json"))
+    return {
+        "id": folder.path.name,
+        "setting": run_id(changed(config, {"train.seed": 0})),
+        "data": folder.status().get("data"),
+        "ranks": folder.world.size,
+        "card": plan.get("card"),
+        "method": plan.get("method"),
+        "trained_weights": plan.get("trained_weights"),
+        "commit": environment.get("commit"),
+    }
+
+
+def opened_by_agent() -> str:
+    """Id of the W&B run that `wandb agent` has opened for this trial; empty outside of a W&B sweep."""
+    return os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+
+
+def hand_over_again(config: Config, folder: RunFolder) -> None:
+    """Give a complete run's record to the W&B run that an agent has opened for the same settings; nothing without an agent."""
+    known = read_json(folder.path / "wandb.json") or {}
+    if not folder.world.is_main or config.tracker.kind is not TrackerKind.wandb or opened_by_agent() in ("", known.get("id")):
+        return
+    after = (read_json(folder.path / "evaluation.json") or {}).get("after", {})
+    with Sinks([WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})]) as sinks:
+        spent = totals(read_metrics(folder.path / "metrics.jsonl"), folder.world.size, config.hardware.price_per_h)
+        sinks.summarise({**after, **spent, "run/ended": folder.status().get("ended", "")})
+
+
 def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sinks:
     """The sinks that a config asks for; none but on rank 0."""
     if not folder.world.is_main:
@@ -252,7 +297,7 @@ def open_sinks(config: Config, folder: RunFolder, steps: int, done: int) -> Sink
     sinks: list[Sink] = [JsonLines(folder.path / "metrics.jsonl"), Console(steps, done)]
     if config.tracker.kind is TrackerKind.wandb and config.tracker.mode is not TrackerMode.disabled:
         try:
-            sinks.append(WandbSink(config, folder.path, as_mapping(config)))
+            sinks.append(WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)}))
         except OSError as error:  # no process to be had
             print(f"tracker=wandb: {error} — metrics.jsonl has everything", file=sys.stderr)
     return Sinks(sinks)

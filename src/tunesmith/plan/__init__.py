@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
-from tunesmith.hardware import Machine, peak_flops
+from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
+from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, shape_needs_files, shape_of
+from tunesmith.plan.words import beside, describe
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
@@ -61,6 +62,10 @@ class Plan:
     accumulation: int
     """Micro-batches in a step on each rank; packed, or with steps in tokens, that of an average step at most."""
     world_size: int
+    local_size: int
+    """Ranks on this machine, and on each of the others."""
+    sent: float
+    """Bytes that a rank sends in a step, and with ranks on several machines each machine's network too (plan/network.py)."""
     card: str
     """What it runs on: cpu, a row of the card table, or the device's own name where the table has none."""
     threads: int
@@ -104,6 +109,16 @@ class Plan:
     def step_s(self) -> float:
         """Predicted seconds of a step; 0.0 if unknown."""
         return sum(self.time.values())
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return math.ceil(self.world_size / self.local_size)
+
+    @property
+    def efficiency(self) -> float:
+        """Predicted share of a step in which a rank does not wait for others, if nothing overlaps; 0.0 if unknown."""
+        return 1 - self.time["communication"] / self.step_s if self.time else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -235,8 +250,9 @@ def _plan(
         mean = max(1, round(expected / per_step))
         work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size)
         seconds = step_seconds(
-            shape, config, None if on_cpu else card, world_size, flops=work.executed / world_size, peak_flops=peak,
+            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size, peak_flops=peak,
             tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
+            overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip
     plan = Plan(
         name=config.name,
@@ -250,6 +266,8 @@ def _plan(
         packed=config.data.batching is Batching.packed,
         accumulation=accumulation,
         world_size=world_size,
+        local_size=local_size,
+        sent=traffic(shape, config, world_size, accumulation, trained).sent,
         card="cpu" if on_cpu else card.key if card else machine.device_names[0],
         threads=threads,
         method=_words(config),
@@ -352,7 +370,7 @@ def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, 
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches, gathered=gathers_by_hooks(engine),
     )  # fmt: skip
 
 
@@ -466,76 +484,3 @@ def run_id(config: Config) -> str:
         if not any(path == out or path.startswith(f"{out}.") for out in without)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
-
-
-def describe(plan: Plan) -> str:
-    """The plan for people, at most 16 lines."""
-    shape, gib = plan.shape, plan.memory_gib
-    length = f"{plan.steps:,} steps" if plan.steps else "as many steps as the data asks for"
-    if plan.conversations:
-        length += f" = {plan.epochs:g} epochs of {plan.conversations:,} conversations"
-    elif plan.epochs:
-        length += f", {plan.epochs:g} epochs"
-    limit = f" of {plan.memory_limit_gib:.1f}" if plan.memory_limit_gib else ""
-    parts = " + ".join(f"{name} {size:.2f}" for name, size in plan.memory.items() if size >= 0.005)
-    useful, executed, seconds = plan.flops.useful / 1e12, plan.flops.executed / 1e12, ""
-    if plan.peak_flops:
-        seconds = f", {plan.flops.executed / plan.world_size / plan.peak_flops:.3g} s at the peak"
-    total, trained = shape.total_weights / 1e6, plan.trained_weights / 1e6
-    lines = {
-        "run": f"{plan.name}/{plan.run_id}",
-        "model": f"{shape.name}, {total:,.1f} M weights, {trained:,.1f} M trained",
-        "method": plan.method,
-        "on": f"{plan.world_size} x {plan.card}" + (f" with {plan.threads} threads" if plan.card == "cpu" else ""),
-        "step": _step_words(plan),
-        "length": length,
-        "memory": f"{gib:.2f}{limit} GiB a rank, with {'rows' if plan.packed else 'conversations'} of {plan.longest_tokens:,} tokens",
-        "": parts,
-        "compute": f"at most {useful:,.4g} TFLOP a step ({executed:,.4g} executed){seconds}",
-        "time": _time_words(plan),
-        "disk": _disk_words(plan),
-        "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
-    }
-    return "\n".join(
-        [*(f"{word:<8} {text}" for word, text in lines.items()), *(f"note     {note}" for note in plan.notes)]
-    )
-
-
-def _step_words(plan: Plan) -> str:
-    per_step, places = plan.conversations_per_step, plan.micro_batch * plan.accumulation * plan.world_size
-    parts = f"{plan.micro_batch}{' rows' * plan.packed} in a micro-batch"
-    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
-    if plan.tokens_per_step:
-        many = f"about {per_step:,}" if plan.conversations else f"{per_step:,} or more"
-        return f"~{plan.tokens_per_step:,} tokens, {many} conversations, at most {parts} x about {plan.accumulation} accumulated x {ranks}"
-    sign = "=" if places == per_step and not plan.packed else "<="
-    return f"{per_step} conversations {sign} {parts} x {plan.accumulation} accumulated x {ranks}"
-
-
-def _time_words(plan: Plan) -> str:
-    if not plan.time:
-        return "known when the device's peak is"
-    parts = " + ".join(f"{name} {seconds:.2g}" for name, seconds in plan.time.items() if seconds >= 0.01 * plan.step_s)
-    words = f"{plan.step_s:.3g} s a step ({parts}), {plan.tokens_per_s:,.0f} tokens/s"
-    if plan.hours:
-        words += f", {plan.hours:.3g} h" + (f", cost {plan.cost:.2f}" if plan.cost else "")
-    return words
-
-
-def _disk_words(plan: Plan) -> str:
-    each, result = plan.disk
-    kept = plan.config.train.keep
-    # One is complete before the oldest goes.
-    return f"{(kept + 1) * each + result:.3g} GiB: {kept} + 1 checkpoints of {each:.3g}, and {result:.3g} for the result"
-
-
-def beside(plan: Plan, rows: Sequence[Mapping[str, float]]) -> str:
-    """What was predicted beside what a run's metrics say: the highest memory and the middle step after the first three."""
-    peaks = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
-    settled = [row["time/step_s"] for row in rows if "time/step_s" in row][3:]
-    words = []
-    if peaks:
-        words.append(f"memory {plan.memory_gib:.2f} GiB predicted, {max(peaks):.2f} measured")
-    if settled and plan.time:
-        words.append(f"step {plan.step_s:.3g} s predicted, {median(settled):.3g} measured")
-    return "; ".join(words)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunesmith.config import Compute, Config, EngineKind
-from tunesmith.hardware import Card
+from tunesmith.hardware import Card, Overheads
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
+from tunesmith.plan.network import network_bytes_per_s, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import ModelShape
@@ -37,14 +38,17 @@ class Speed:
     """Between a card and main memory, one way."""
 
 
-# A CPU, by least squares over every second configuration of bench/pace.py on two cores of an AMD EPYC with AVX-512 (2026-11-24); the other
-# half is predicted with a median error of 5 %. The peak is of 2048 x 2048 matmuls, measured on each machine; a bf16 matmul of a
-# small model reaches less of its own, higher one. Gloo over one machine's memory: 1 to 2 GB/s, declared.
-CPU = {
-    Compute.fp32: Speed(0.62, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
-    Compute.bf16: Speed(0.25, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
-    Compute.fp16: Speed(0.25, 47e9, 15e-6, 4.3e-9, 1.5e9, 20e9),
-}
+# A CPU: shares of what `hardware.overheads` measures there, by least squares over every second configuration of bench/pace.py on two
+# cores of an AMD EPYC with AVX-512 (2026-11-24). A small model's matmuls reach a part of the peak of 2048 x 2048, less of the higher one
+# in bf16. An operator of a model is several calls of Python; its blocks are in a cache less often than two of 4 MB.
+CPU_MATMUL = {Compute.fp32: 0.60, Compute.bf16: 0.24, Compute.fp16: 0.24}
+CPU_BANDWIDTH = 0.28
+CPU_OPERATOR = 4.6
+CPU_RANDOM = 1.0
+TYPICAL = Overheads(190e9, 2.6e-6, 4.1e-9)
+"""Of that machine, for one where nothing has been measured yet."""
+CPU_LINK = 1.5e9
+"""Gloo over one machine's memory, 1 to 2 GB/s; declared."""
 MATMUL_SHARE = 0.65
 """Of a card's dense peak: cuBLAS reaches 70 to 85 % of it at 4096 and more on cards that keep their clock, and a step has smaller ones
 too. Declared; compared with published steps in docs/hardware.md."""
@@ -61,10 +65,14 @@ MAIN_MEMORY = 20e9
 """Bytes/s of AdamW in main memory, offloaded; declared."""
 
 
-def speed_of(card: Card | None, compute: Compute) -> Speed:
-    """What a card sustains; of a CPU for None."""
+def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = None) -> Speed:
+    """What a card sustains; for None a CPU with these overheads."""
     if card is None:
-        return CPU[compute]
+        cpu = overheads or TYPICAL
+        return Speed(
+            CPU_MATMUL[compute], CPU_BANDWIDTH * cpu.bytes_per_s, CPU_OPERATOR * cpu.operator_s, CPU_RANDOM * cpu.random_s,
+            CPU_LINK, MAIN_MEMORY,
+        )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
     return Speed(share, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, 0.0, link, host)
@@ -76,19 +84,22 @@ def step_seconds(
     card: Card | None,
     world_size: int,
     *,
+    local_size: int = 0,
     flops: float,
     peak_flops: float,
     tokens: int,
     accumulation: int,
     trained: int,
     targets: int | None = None,
+    overheads: Overheads | None = None,
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
-    flops: executed by this rank in a step. tokens: of one of its `accumulation` micro-batches. card None: a CPU. trained: weights
-    that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of them).
+    local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step. tokens: of one of its
+    `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
+    with a loss (None: TARGET_SHARE of them). overheads: of this CPU.
     """
-    speed, compute = speed_of(card, config.precision.compute), BYTES[config.precision.compute]
+    speed, compute = speed_of(card, config.precision.compute, overheads), BYTES[config.precision.compute]
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     matmul = flops / (peak_flops * speed.matmul_share)
@@ -105,24 +116,9 @@ def step_seconds(
         optimizer = update / MAIN_MEMORY + moved
     else:
         optimizer = update / speed.bytes_per_s
-    sent = _sent_bytes(shape, config, world_size, accumulation, trained)
-    return {
-        "matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": sent / speed.link_bytes_per_s,
-    }  # fmt: skip
-
-
-def _sent_bytes(shape: ModelShape, config: Config, world_size: int, accumulation: int, trained: int) -> float:
-    """Bytes that one rank sends in a step; rings send (n - 1) / n of a tensor for a reduce-scatter or an all-gather."""
-    compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
-    zero = 3 if config.engine.fsdp else config.engine.zero if deepspeed else 0
-    ring = (world_size - 1) / world_size
-    gradients = trained * (compute if deepspeed else 4) * ring
-    if zero == 0:
-        return 2 * gradients  # all-reduce
-    if zero == 3:  # all weights are gathered for each forward and each backward
-        return accumulation * (2 * shape.total_weights * compute * ring + gradients)
-    reduced = accumulation if zero == 2 else 1
-    return reduced * gradients + trained * compute * ring
+    sent = traffic(shape, config, world_size, accumulation, trained)
+    waited = sent.seconds(world_size, local_size or world_size, speed.link_bytes_per_s, network_bytes_per_s(config))
+    return {"matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": waited}
 
 
 def checkpoint_gib(shape: ModelShape, config: Config) -> tuple[float, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Config, EngineKind, MethodKind
+from tunesmith.config import Base, Config, EngineKind, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import Plan, PlanError, describe, engine_choices, make_plan
 from tunesmith.plan.checks import changed, device_gib, least_gib, target
@@ -43,25 +44,31 @@ def planned_machine(config: Config, machine: Machine, ranks: int = 0) -> Machine
     card = CARDS.get(config.hardware.card)
     if card is None or machine.kind != "cpu":
         return machine
-    count = ranks or config.hardware.count or 1
+    count = ranks or 1
     return replace(machine, kind="cuda", device_names=(card.names[0],) * count, memory_gib=(card.memory_gib,) * count)
 
 
-def plan_text(config: Config, machine: Machine, *, ranks: int = 0, table: bool = False, model_folder: Path | None = None) -> str:
+def plan_text(
+    config: Config, machine: Machine, *, ranks: int = 0, nodes: int = 1, table: bool = False, model_folder: Path | None = None
+) -> str:
     """What `tunesmith plan` prints: the plan, or with table what fits; raises PlanError where the run cannot go as asked.
 
-    ranks 0: hardware.count, or the cards that are here.
+    ranks 0: hardware.count, or the cards of a machine like this times `nodes`, the number of machines.
     """
-    there = planned_machine(config, machine, ranks)
-    world = ranks or config.hardware.count or max(1, len(there.device_names))
+    asked = ranks or config.hardware.count
+    if asked % nodes:
+        raise Refusal(f"--nodes {nodes}: does not divide {asked} ranks — type --ranks {math.ceil(asked / nodes) * nodes}")
+    there = planned_machine(config, machine, asked // nodes)
+    world = asked or max(1, len(there.device_names)) * nodes
+    local = world // nodes
     if table:
-        return fit_table(config, there, world, model_folder)
+        return fit_table(config, there, world, local, model_folder)
     elsewhere = "" if there == machine else f"note     planned for {world} x {config.hardware.card}, which is not here\n"
-    plan = make_plan(config, there, world, model_folder=model_folder)
+    plan = make_plan(config, there, world, local_size=local, model_folder=model_folder)
     return elsewhere + describe(plan)
 
 
-def fits(config: Config, machine: Machine, world: int, model_folder: Path | None = None) -> Iterator[Fit]:
+def fits(config: Config, machine: Machine, world: int, local: int = 0, model_folder: Path | None = None) -> Iterator[Fit]:
     """Each method x ZeRO stage x length, with the faster of recomputing and not among those that fit."""
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
@@ -69,7 +76,7 @@ def fits(config: Config, machine: Machine, world: int, model_folder: Path | None
         raise PlanError([str(error)]) from None
     lengths = [tokens for tokens in LENGTHS if tokens <= shape.max_positions]
     on_cpu = target(config, machine)[0]
-    limit = device_gib(machine, on_cpu, world)
+    limit = device_gib(machine, on_cpu, local or world)
     engines: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for choice in engine_choices(changed(config, {"method.base": Base.as_is}), world):
         engines.setdefault((choice["engine.zero"], choice["engine.offload"]), []).append(choice)
@@ -86,7 +93,7 @@ def fits(config: Config, machine: Machine, world: int, model_folder: Path | None
                     if limit and least_gib(tried, world, shape, on_cpu) > limit:
                         continue
                     try:
-                        plans.append(make_plan(tried, machine, world, model_folder=model_folder))
+                        plans.append(make_plan(tried, machine, world, local_size=local, model_folder=model_folder))
                     except PlanError:
                         continue
                 best = min(plans, key=lambda plan: plan.step_s or plan.flops.executed, default=None)
@@ -94,9 +101,9 @@ def fits(config: Config, machine: Machine, world: int, model_folder: Path | None
                 yield Fit(method, words, tokens, best)
 
 
-def fit_table(config: Config, machine: Machine, world: int, model_folder: Path | None = None) -> str:
+def fit_table(config: Config, machine: Machine, world: int, local: int = 0, model_folder: Path | None = None) -> str:
     """What fits on this machine as a table: methods and ZeRO stages down, lengths across."""
-    found = list(fits(config, machine, world, model_folder))
+    found = list(fits(config, machine, world, local, model_folder))
     lengths = sorted({fit.tokens for fit in found})
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for fit in found:

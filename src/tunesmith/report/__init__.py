@@ -10,24 +10,23 @@ import gzip
 import json
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeGuard
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from tunesmith.again import Restarts
-from tunesmith.metrics import read_metrics
+from tunesmith.compare.runs import flatten
+from tunesmith.metrics import read_metrics, totals
+from tunesmith.metrics.totals import WARM_UP, is_number, values
 from tunesmith.report.pages import number, write_page
 from tunesmith.world import World
 
 Row = dict[str, Any]
 
-WARM_UP = 2
-"""First steps left out of speeds and times: they pay for allocation, compilation and cold files."""
 POINTS = 2000
 """Most points drawn in one line; a longer run is thinned evenly."""
 
@@ -110,11 +109,8 @@ def judge(rows: Sequence[Row], status: Row, evaluation: Row) -> list[str]:
     """The run in one line, as parts: steps done, minutes of training, loss first to last, slot F1 before to after."""
     done = max(rows[-1]["step"] if rows else 0, status.get("step") or 0)
     parts = [number(done) + (f" of {number(status['steps'])}" if status.get("steps") else "") + " steps"]
-    # A line stands for the steps since the line before (train.log_every); gaps between restarts do not count.
-    gaps = [step - before for before, step in pairwise([0, *(row["step"] for row in rows)])]
-    timed = [(gap, row.get("time/step_s")) for gap, row in zip(gaps, rows, strict=True)]
-    if seconds := sum(gap * step_s for gap, step_s in timed if is_number(step_s)):
-        parts[0] += f" in {number(seconds / 60)} minutes"
+    if hours := totals(rows).get("run/hours"):
+        parts[0] += f" in {number(hours * 60)} minutes"
     if status.get("ended") and done < (status.get("steps") or 0):
         parts.append(f"ended at {status['ended']}")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
@@ -205,22 +201,6 @@ def beaten(name: str, baseline: Any, after: Row) -> Row:
         return {"change": None}
     better, word = ("better", "beaten") if reached < baseline else ("worse", "not beaten")
     return {"change": None, "better": better, "word": word}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level, with dotted names: {"a": {"b": 1}} becomes {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def values(rows: Sequence[Row], key: str) -> list[float]:
-    return [row[key] for row in rows if is_number(row.get(key))]
 
 
 def middle(rows: Sequence[Row], key: str) -> float | None:

@@ -1,0 +1,147 @@
+"""Sweeps: trials as Hydra makes them, checked all at once, run under real launchers, and typed again; what `wandb sweep` is given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.sweep import Outcome as Ended
+from launcher.sweep import classified, plan_trials, table, trials
+from tests.conftest import ROOT, environment
+from tunesmith.compose import choices, compose
+from tunesmith.config import Refusal
+from tunesmith.hardware import Machine
+
+QUIET = ["engine=accelerate", "eval.before=false", "eval.after=false"]
+SMALL = Machine(kind="cpu", cores=2, ram_gib=16.0)
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+def states(outputs: Path) -> dict[str, str]:
+    """State of each run by its folder's name."""
+    return {path.parent.name: json.loads(path.read_text())["state"] for path in outputs.glob("*/*/status.json")}
+
+
+def launcher(words: Sequence[str], extra: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    full = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(full, cwd=ROOT, env=environment(extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
+
+
+# --- words, checks -------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_those_of_hydra() -> None:
+    assert trials(["+exp=lora_cpu", "optim.lr=1e-3"]) == [["+exp=lora_cpu", "optim.lr=1e-3"]], "as they are"
+    assert trials(["+exp=lora_cpu", "optim.lr=1e-4,2e-4", "method.r=range(8,25,8)"]) == [
+        ["+exp=lora_cpu", f"optim.lr={lr}", f"method.r={r}"] for lr in (0.0001, 0.0002) for r in (8, 16, 24)
+    ]
+    assert trials(["+exp=lora_cpu", "method.kind=choice(lora,full)"])[1][1] == "method.kind=full"
+    assert trials(["name=a", "method=glob(*,exclude=lora*)"]) == [
+        ["name=a", f"method={method}"] for method in choices("method") if not method.startswith("lora")
+    ]
+    assert len(trials(["+exp=lora_cpu", "method.targets=[q_proj],[q_proj,v_proj]"])) == 2, "a comma in a list is none between values"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["optim.lr=interval(1e-5,1e-3)"], r"override optim\.lr=interval.*no end of values — type the values"),
+        (["optim.lr=1e-4,2e-4,"], r"override optim\.lr=1e-4,2e-4,: "),
+        (["method=glob(zzz*)"], r"a sweep over nothing"),
+    ],
+)
+def test_words_that_are_no_sweep(words: list[str], says: str) -> None:
+    with pytest.raises(Refusal, match=says):
+        trials(["+exp=lora_cpu", *words])
+
+
+def test_all_that_is_wrong_is_said_before_the_first_trial(overrides: list[str], tmp_path: Path) -> None:
+    def problems(*words: str) -> list[str]:
+        with pytest.raises(Refusal) as refusal:
+            plan_trials(trials([*overrides, *words]), SMALL, 1)
+        return str(refusal.value).splitlines()
+
+    found = problems("optim.lr=1e-3,0.001,-2,1e-2", "method.r=4,0")
+    assert found[0].startswith("trials 2, 4, 6, 8 of 8: method.r=0: must be at least 1")
+    assert "trial 3 of 8: the same run as trial 1" in found[1]
+    assert found[2].startswith("trials 5, 6 of 8: optim.lr=-2.0: must be above 0")
+    assert len(found) == 3
+    (found_line,) = problems("data.train=absent.json", "train.seed=1,2")
+    assert found_line.startswith("all 2 trials: ") and "absent.json: no such file" in found_line
+    (found_line,) = problems("optim.lrr=1")
+    assert found_line.startswith("override optim.lrr=1: optim.lrr: no such key"), "one run has no number"
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "after", "first", "state"),
+    [
+        (0, {}, {"state": "completed"}, "", "completed"),
+        (2, {}, {}, "", "refused"),
+        (2, {"state": "failed", "error": "old"}, {"state": "failed", "error": "old"}, "", "refused"),
+        (1, {"state": "failed", "error": "old"}, {"state": "failed", "error": "old"}, "", "failed"),
+        (75, {}, {}, "", "stopped"),
+        (1, {}, {"state": "stopped", "step": 3}, "", "stopped"),
+        (1, {}, {"state": "nan", "error": "FloatingPointError: step 2: loss nan"}, "", "nan"),
+        (1, {}, {"state": "running"}, "FloatingPointError: step 2: loss nan", "nan"),
+        (1, {}, {"state": "oom", "error": "Refusal: rank 0 ran out of memory in step 1 (forward)"}, "", "oom"),
+        (1, {}, {"state": "failed", "error": "KeyError: 'x'"}, "", "failed"),
+        (-9, {}, {"state": "running"}, "", "killed"),
+        (2, {"state": "stopped"}, {"state": "running"}, "", "refused"),
+    ],
+)
+def test_how_a_trial_ended(code: int, before: dict[str, Any], after: dict[str, Any], first: str, state: str) -> None:
+    assert classified(code, before, after, first)[0] == state
+
+
+def test_the_best_trial_is_the_lowest_loss_of_a_completed_run(overrides: list[str]) -> None:
+    planned = plan_trials(trials([*overrides, "train.seed=0,1,2"]), SMALL, 1)
+    ended = [Ended("completed", "", 0.5), Ended("pruned", "at step 4", 0.1), Ended("completed", "", 0.4)]
+    text = table(planned, ended)
+    assert "best     trial 3 with dev/loss 0.4000: train.seed=2" in text
+    assert "trial 2: pruned, dev/loss 0.1000, at step 4" in text
+    assert [line[0] for line in text.splitlines()[1:4]] == [" ", " ", "*"]
+    assert "set data.dev" in table(planned, [Ended("completed")] * 3)
+
+
+# --- real ranks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.launch
+def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_again(overrides: list[str], tmp_path: Path) -> None:
+    """Two ranks a trial. The first diverges at once; typed again, only that one is started."""
+    words = [*overrides, *QUIET, "--ranks", "2", "--via", "torchrun", "train.steps=3", "optim.warmup_steps=0", "optim.lr=1e30,1e-2"]
+    done = launcher(words)
+    assert done.returncode == 1, done.stdout
+    assert "trial 1 of 2: nan, FloatingPointError: step 2: loss nan" in done.stdout
+    assert "trial 2 of 2: completed, dev/loss" in done.stdout
+    assert "best     trial 2 with dev/loss" in done.stdout
+    assert sorted(states(tmp_path / "outputs").values()) == ["completed", "nan"]
+    records = {path: path.read_bytes() for path in tmp_path.glob("outputs/*/*/adapter/*.safetensors")}
+    again = launcher(words)
+    assert "trial 1 of 2: nan" in again.stdout
+    assert "trial 2 of 2: completed" in again.stdout and "was complete" in again.stdout
+    assert records == {path: path.read_bytes() for path in records}
+
+
+# --- W&B's sweeps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_sweeps_of_wandb_start_the_launcher_with_settings_that_exist(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text("utf-8"))
+    command, end = sweep["command"], "${args_no_hyphens}"
+    assert command[:4] == ["${env}", "python", "-m", "launcher"] and command[-1] == end, "several ranks a trial"
+    assert sweep["metric"] == {"name": "dev/loss", "goal": "minimize"}
+    words = command[4:-1]
+    for key, space in sweep["parameters"].items():
+        words.append(f"{key}={space['values'][0] if 'values' in space else space['min']}")
+    config = compose(words)
+    assert config.tracker.kind.name == "wandb" and config.tracker.mode.name == "online"
