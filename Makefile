@@ -27,7 +27,9 @@ demo: $(READY) ## fine-tune a real model on real data through DeepSpeed, on this
 	deepspeed --num_accelerators $(RANKS) train.py +exp=lora_cpu
 
 test: $(READY) ## run all tests (WORKERS=2: files at a time)
-	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster
+	# Apart: on a real Slurm everybody has so many seconds to answer, to save, to be found dead.
+	python -m pytest tests/cluster
 
 check: $(READY) ## lint and types
 	ruff check . && mypy
@@ -35,7 +37,9 @@ check: $(READY) ## lint and types
 plan: $(READY) ## say what an experiment would do, without starting it: make plan EXP=lora_cpu RANKS=2
 	python -m launcher +exp=$(EXP) --ranks $(RANKS) --dry
 
-bench: $(READY) ## measure beside TRL, tens of minutes (installs TRL into .venv)
+bench: $(READY) ## measure beside TRL: training, then preparing data; about half an hour on 2 quiet cores (TRL gets an environment in build/)
+	python -m bench.train
+	python -m bench.train --ablation --only short
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,bench]'
 	python -m bench.prepare
 

@@ -133,15 +133,17 @@ def conclude(run: RunFolder, ended: Ended) -> int:
     state, job = str(status.get("state", "")), job_facts(os.environ["SLURM_JOB_ID"])
     if state == "completed":
         return CODES[state]
-    if state in ("failed", "oom", "nan"):
-        return CODES[state]
     if ended.code == REFUSED and state == "pending":
         run.set_status("failed", reason="refused", error=ended.tail.rpartition("tunesmith: ")[2][:500])
         return REFUSED
     why = reason_of(job, ended, time.time())
+    if state in ("oom", "nan") or (state == "failed" and why != "node lost"):
+        if state == "failed" and ended.lost.endswith("was killed"):  # it could not say so; the others tell of closed connections
+            run.set_status(state, error=ended.lost, rank=None, node=None)
+        return CODES[state]
     left_early = ended.code == STOPPED or bool(ended.signal)  # asked before there was anything to save
     if why in ("preempted", "time limit", "node lost") and (state in ("preempted", "stopped") or left_early or why == "node lost"):
-        run.set_status("requeued", reason=why)
+        run.set_status("requeued", reason=why, error=None, rank=None)
         return queue_again(why)
     if state in ("preempted", "stopped") or (why == "cancelled" and ended.signal):
         run.set_status("stopped", reason=why)

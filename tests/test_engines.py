@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT, environment, launch
+from tests.conftest import ROOT, environment, free_port, launch
 from tunesmith.checkpoint import not_written
 
 QUIET = ["eval.before=false", "eval.after=false"]
@@ -99,3 +99,41 @@ def test_offload_needs_no_compiled_optimizer(overrides: list[str]) -> None:
     plan = make_plan(compose([*overrides, "engine.offload=true"]), this_machine(), 2)
     assert plan.deepspeed["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert plan.deepspeed["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.launch
+def test_ddp_sends_the_trainable_gradients_once_a_step(overrides: list[str], tmp_path: Path) -> None:
+    """Two ranks with two micro-batches each: bytes are those of the adapters' gradients, not times accumulation, nor the base's."""
+    code = (
+        "import sys; sys.argv = ['train.py', *sys.argv[1:]]\n"
+        "import json, os, pathlib, runpy, torch, torch.distributed as dist\n"
+        "from tunesmith.engine.accelerate import AccelerateEngine as Engine\n"
+        "real, step, sent, steps = dist.all_reduce, Engine.step, [0], []\n"
+        "def all_reduce(tensor, *more, **words):\n"
+        "    sent[0] += tensor.numel() * tensor.element_size() * (tensor.dtype is torch.float32)\n"  # losses and flags are of other types
+        "    return real(tensor, *more, **words)\n"
+        "def counted(self, batches, *more):\n"
+        "    before = sent[0]\n"
+        "    outcome = step(self, batches, *more)\n"
+        "    trained = sum(w.numel() for w in self.loss_module.parameters() if w.requires_grad)\n"
+        "    steps.append([len(batches), sent[0] - before, 4 * trained])\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(json.dumps(steps))\n"
+        "    return outcome\n"
+        "dist.all_reduce, Engine.step = all_reduce, counted\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    words = [*overrides, *QUIET, "engine=accelerate", "train.micro_batch=2", "train.steps=3"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words], cwd=ROOT, env=environment({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    for rank in range(2):
+        steps = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert [count for count, _, _ in steps] == [2, 2, 2]
+        assert all(sent == trained > 0 for _, sent, trained in steps), steps

@@ -192,6 +192,20 @@ def test_states_without_deepspeed_are_16_bytes_a_weight() -> None:
     assert sum(parts[name] for name in ("weights", "gradients", "optimizer")) * GIB == QWEN.total_weights * 16
 
 
+def test_zero_is_told_where_it_only_costs() -> None:
+    """Adapters on several ranks; not on one rank, not for all weights, not by engines that split nothing."""
+
+    def noted(world_size: int, **values: Any) -> list[str]:
+        plan = make_plan(config_of(**values), HERE, world_size)
+        return [note for note in plan.notes if note.startswith("engine.zero=")]
+
+    (note,) = noted(2)
+    assert note.startswith("engine.zero=2 saves 0.") and note.endswith("type engine=accelerate")
+    assert len(noted(2, engine__zero=1)) == 1
+    assert not noted(1) and not noted(2, engine__zero=0) and not noted(2, method__kind=MethodKind.full)
+    assert not noted(2, engine__kind=EngineKind.accelerate)
+
+
 def test_zero_splits_one_thing_more_at_each_stage() -> None:
     parts = [
         gib_of(world_size=4, method__kind=FULL, precision__compute=Compute.bf16, engine__zero=zero) for zero in range(4)

@@ -12,7 +12,7 @@ from signal import SIGTERM, SIGUSR1
 import pytest
 
 from launcher import slurm
-from launcher.job import idle_requeues, reason_of
+from launcher.job import conclude, idle_requeues, reason_of
 from launcher.nodes import Meeting, deepspeed_env_text, for_pdsh, in_slurm, read_hostfile
 from launcher.slurm import Place, cluster_problems, folder_problems, hours_of, limit_problems, read_trial, sbatch_text, trials_text
 from launcher.watch import Ended
@@ -20,6 +20,8 @@ from tunesmith.compose import compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import FAKE_MACHINE
 from tunesmith.plan import Plan
+from tunesmith.run import FAILED, RunFolder
+from tunesmith.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 PLACE = Place(Path("/shared/me/outputs/x/job/0a1b2c3d"), Path("/shared/me"), Path("/shared/me/.venv/bin/python"), "5f0e")
@@ -71,7 +73,7 @@ def test_golden_array() -> None:
 
 
 def test_words_come_back_from_the_file_of_trials(tmp_path: Path) -> None:
-    trials = [["+exp=lora_cpu", "data.system=it's \"x\" $HOME `a` \\ *"], ["+exp=lora_cpu", "optim.lr=1e-3"]]
+    trials = [["+exp=lora_cpu", 'data.system=it\'s "x" $HOME `a` \\ *'], ["+exp=lora_cpu", "optim.lr=1e-3"]]
     (tmp_path / "trials.txt").write_text(trials_text(trials))
     assert [read_trial(tmp_path / "trials.txt", index) for index in (0, 1)] == trials
     with pytest.raises(Refusal, match="has 2 trials, SLURM_ARRAY_TASK_ID is 2"):
@@ -90,7 +92,11 @@ SINFO = "gpu*|2|gpu:a10:4(S:0-1)|2-00:00:00|up\nold|1|gpu:t4:1|1:00:00|up\ncpu|8
         (["+exp=full_a10x4"], 2, None),
         (["+exp=lora_a10"], 4, "nodes=4: partition gpu has 2 nodes with gpu:a10 — type nodes=2"),
         (["+exp=qlora_t4"], 1, "hardware.gres=gpu:t4: 1 a node are needed, partition gpu has gpu:a10:4 — type hardware.gres=gpu:a10"),
-        (["+exp=lora_a10", "slurm.partition=broken"], 1, "slurm.partition=broken: no such partition — type slurm.partition= one of cpu, gpu, old"),
+        (
+            ["+exp=lora_a10", "slurm.partition=broken"],
+            1,
+            "slurm.partition=broken: no such partition — type slurm.partition= one of cpu, gpu, old",
+        ),
         (["+exp=qlora_t4", "slurm.partition=old"], 1, "slurm.time=24:00:00: partition old allows 1:00:00 — type slurm.time=1:00:00"),
         (["+exp=lora_cpu", "slurm.partition=cpu"], 8, None),
     ],
@@ -165,6 +171,16 @@ def test_a_hostfile_with_a_mistake_is_refused_by_its_line(tmp_path: Path) -> Non
 )
 def test_ends_are_told_apart(job: dict[str, str], ended: Ended, why: str) -> None:
     assert reason_of(job, ended, time.time()) == why
+
+
+def test_a_rank_that_was_killed_is_named_and_not_what_the_others_saw_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr("launcher.job.job_facts", lambda job: {})
+    run = RunFolder(tmp_path, World())
+    for lost, said in (("a rank on node2 was killed", "a rank on node2 was killed"), ("a rank on node1 ended with 1", "ValueError: x")):
+        run.set_status("failed", error="ValueError: x", rank=0)
+        assert conclude(run, Ended(1, 0, lost, "")) == FAILED
+        assert (run.status()["state"], run.status()["error"]) == ("failed", said)
 
 
 def test_a_signal_near_the_end_of_the_time_is_the_time_limit() -> None:

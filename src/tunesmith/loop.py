@@ -20,6 +20,7 @@ from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import perplexity
 from tunesmith.model.halves import LARGEST, advice, widest
 from tunesmith.plan import Plan, step_flops
+from tunesmith.plan.shapes import gathers_by_hooks
 from tunesmith.run import Stopped, StopSignal
 
 
@@ -174,6 +175,7 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         checkpointing=parts.config.engine.checkpointing,
         checkpoint_every=parts.config.engine.checkpoint_every,
         micro_batches=work.micro_batches,
+        gathered=gathers_by_hooks(parts.config.engine),
     )
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real

@@ -20,6 +20,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refu
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.linear import join_adapters
 from tunesmith.model.noise import with_noise
 from tunesmith.model.optimizers import make_optimizer, page_again
 from tunesmith.model.source import check_source, free_gib, model_folder
@@ -136,6 +137,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if config.method.kind is not MethodKind.full:
         model = with_adapters(model, config)
+        join_adapters(model)
     for parameter in model.parameters():
         # fp16 gradients of fp16 weights cannot be unscaled, and small updates vanish in half precision.
         if parameter.requires_grad:

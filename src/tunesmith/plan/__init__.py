@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
@@ -20,10 +19,11 @@ from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
-from tunesmith.plan.network import ASSUMED_GBIT_PER_S, traffic
+from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, shape_needs_files, shape_of
+from tunesmith.plan.words import beside, describe
 
 __all__ = [
     "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
@@ -32,6 +32,8 @@ __all__ = [
 
 ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
+SPLIT_PAYS = 0.02
+"""Least share of a rank's memory that ZeRO 1 or 2 must save, else the plan says that it only costs."""
 CPU_MICRO_BATCH = 16
 """Most conversations in one forward on a CPU: its caches are small, and larger ones gain nothing there."""
 
@@ -368,7 +370,7 @@ def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, 
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches, gathered=gathers_by_hooks(engine),
     )  # fmt: skip
 
 
@@ -431,6 +433,17 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
             yield f"a step has about {per_step} conversations for {plan.world_size} ranks: some compute nothing"
     elif 0 < plan.conversations < per_step:
         yield f"the data has {plan.conversations} conversations, fewer than the {per_step} of a step"
+    zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else 0
+    if zero in (1, 2) and not config.engine.offload and plan.world_size > 1 and config.method.kind is not MethodKind.full:
+        whole = changed(config, {"engine.zero": 0})
+        row = plan.micro_batch * plan.longest_tokens
+        unsplit = memory_gib(plan.shape, whole, plan.world_size, row, cpu=on_cpu, accumulated=plan.accumulation > 1)
+        saved = sum(unsplit.values()) - plan.memory_gib
+        if saved < SPLIT_PAYS * plan.memory_gib:
+            yield (
+                f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
+                "— type engine=accelerate"
+            )
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
 
@@ -471,88 +484,3 @@ def run_id(config: Config) -> str:
         if not any(path == out or path.startswith(f"{out}.") for out in without)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
-
-
-def describe(plan: Plan) -> str:
-    """The plan for people, at most 17 lines."""
-    shape, gib = plan.shape, plan.memory_gib
-    length = f"{plan.steps:,} steps" if plan.steps else "as many steps as the data asks for"
-    if plan.conversations:
-        length += f" = {plan.epochs:g} epochs of {plan.conversations:,} conversations"
-    elif plan.epochs:
-        length += f", {plan.epochs:g} epochs"
-    limit = f" of {plan.memory_limit_gib:.1f}" if plan.memory_limit_gib else ""
-    parts = " + ".join(f"{name} {size:.2f}" for name, size in plan.memory.items() if size >= 0.005)
-    useful, executed, seconds = plan.flops.useful / 1e12, plan.flops.executed / 1e12, ""
-    if plan.peak_flops:
-        seconds = f", {plan.flops.executed / plan.world_size / plan.peak_flops:.3g} s at the peak"
-    total, trained = shape.total_weights / 1e6, plan.trained_weights / 1e6
-    lines = {
-        "run": f"{plan.name}/{plan.run_id}",
-        "model": f"{shape.name}, {total:,.1f} M weights, {trained:,.1f} M trained",
-        "method": plan.method,
-        "on": f"{plan.world_size} x {plan.card}" + (f" with {plan.threads} threads" if plan.card == "cpu" else ""),
-        "step": _step_words(plan),
-        "length": length,
-        "memory": f"{gib:.2f}{limit} GiB a rank, with {'rows' if plan.packed else 'conversations'} of {plan.longest_tokens:,} tokens",
-        "": parts,
-        "compute": f"at most {useful:,.4g} TFLOP a step ({executed:,.4g} executed){seconds}",
-        "time": _time_words(plan),
-        **({"nodes": _nodes_words(plan)} if plan.nodes > 1 else {}),
-        "disk": _disk_words(plan),
-        "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
-    }
-    return "\n".join(
-        [*(f"{word:<8} {text}" for word, text in lines.items()), *(f"note     {note}" for note in plan.notes)]
-    )
-
-
-def _step_words(plan: Plan) -> str:
-    per_step, places = plan.conversations_per_step, plan.micro_batch * plan.accumulation * plan.world_size
-    parts = f"{plan.micro_batch}{' rows' * plan.packed} in a micro-batch"
-    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
-    if plan.tokens_per_step:
-        many = f"about {per_step:,}" if plan.conversations else f"{per_step:,} or more"
-        return f"~{plan.tokens_per_step:,} tokens, {many} conversations, at most {parts} x about {plan.accumulation} accumulated x {ranks}"
-    sign = "=" if places == per_step and not plan.packed else "<="
-    return f"{per_step} conversations {sign} {parts} x {plan.accumulation} accumulated x {ranks}"
-
-
-def _time_words(plan: Plan) -> str:
-    if not plan.time:
-        return "known when the device's peak is"
-    parts = " + ".join(f"{name} {seconds:.2g}" for name, seconds in plan.time.items() if seconds >= 0.01 * plan.step_s)
-    words = f"{plan.step_s:.3g} s a step ({parts}), {plan.tokens_per_s:,.0f} tokens/s"
-    if plan.hours:
-        words += f", {plan.hours:.3g} h" + (f", cost {plan.cost:.2f}" if plan.cost else "")
-    return words
-
-
-def _nodes_words(plan: Plan) -> str:
-    gbit = plan.config.hardware.network_gbit_per_s
-    network = f"{gbit or ASSUMED_GBIT_PER_S:g} Gbit/s {'each' if gbit else 'assumed'}"
-    useful = f", {plan.efficiency:.0%} of a step is not waiting" if plan.time else ""
-    return f"{plan.nodes:,} x {plan.local_size} ranks, network {network}: {_bytes(plan.sent)} a step{useful} (predicted, no overlap)"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:,.3g} MB"
-
-
-def _disk_words(plan: Plan) -> str:
-    each, result = plan.disk
-    kept = plan.config.train.keep
-    # One is complete before the oldest goes.
-    return f"{(kept + 1) * each + result:.3g} GiB: {kept} + 1 checkpoints of {each:.3g}, and {result:.3g} for the result"
-
-
-def beside(plan: Plan, rows: Sequence[Mapping[str, float]]) -> str:
-    """What was predicted beside what a run's metrics say: the highest memory and the middle step after the first three."""
-    peaks = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
-    settled = [row["time/step_s"] for row in rows if "time/step_s" in row][3:]
-    words = []
-    if peaks:
-        words.append(f"memory {plan.memory_gib:.2f} GiB predicted, {max(peaks):.2f} measured")
-    if settled and plan.time:
-        words.append(f"step {plan.step_s:.3g} s predicted, {median(settled):.3g} measured")
-    return "; ".join(words)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.config import Base, Method, MethodKind
-from tunesmith.plan.shapes import Linear, ModelShape
+from tunesmith.plan.shapes import Linear, ModelShape, joins_adapters
 
 Attention = Literal["flash", "dense"]
 
@@ -64,6 +64,7 @@ def step_flops(
     micro_batches: int = 1,
     logits_positions: int | None = None,
     attention: Attention = "flash",
+    gathered: bool = False,
 ) -> Flops:
     """FLOPs of one step on conversations of these lengths (tokens) with this many target tokens.
 
@@ -77,7 +78,8 @@ def step_flops(
     all n^2 scores (eager), "flash" the causal ones, with a fifth backward matmul that recomputes the scores (arXiv
     2205.14135), all five whenever any gradient is wanted; checkpointing runs the forward of every checkpoint_every-th layer
     from the lowest trained one on once more, up to the last tensor it has to save, i.e. without the layer's last matmul
-    (torch's non-reentrant checkpoint stops early); DoRA's norms.
+    (torch's non-reentrant checkpoint stops early; where PEFT computes an adapter, as it does when gathered, only its B is
+    left out); DoRA's norms.
     Raises ValueError when padded_to does not fit lengths, or method.targets not the model.
     """
     padded = lengths if padded_to is None else padded_to
@@ -96,7 +98,8 @@ def step_flops(
     lowest = 0 if embedding else first
     adapted = shape.adapted_layers(method)
     layers = [
-        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest) for number in range(shape.layers)
+        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest, gathered=gathered)
+        for number in range(shape.layers)
     ]
     again = layers[lowest::checkpoint_every] if checkpointing else []
     per_score = 2 * shape.query_width  # one matmul over one score, all heads
@@ -132,7 +135,7 @@ def step_flops(
     return Flops(useful, executed)
 
 
-def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool) -> _Layer:
+def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool, gathered: bool) -> _Layer:
     """Walk through a layer and follow where gradients flow.
 
     adapted: whether it has adapters, where the method has any; input_gradient: whether its input wants a gradient.
@@ -169,7 +172,7 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     _, inputs, outputs = last = down[0]
     saved_last = 2 * inputs * outputs
     if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
-        saved_last = 0 if dora else 2 * method.r * outputs
+        saved_last = 0 if dora else 2 * method.r * outputs + (saved_last if joins_adapters(method, gathered) else 0)
     return _Layer(
         forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
         scaled_forward, scaled_backward,

@@ -10,7 +10,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import Setting, replayed
-from tunesmith.plan.shapes import ModelShape
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters
 
 GIB = 2**30
 BYTES = {Compute.fp32: 4, Compute.fp16: 2, Compute.bf16: 2}
@@ -134,6 +134,7 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         first_layer=method.first_layer if lora else 0,
         last_layer=shape.adapted_layers(method)[-1],
         dora=method.dora and lora,
+        joined=joins_adapters(method, gathers_by_hooks(config.engine)),
         prefix=method.virtual_tokens if method.kind is MethodKind.prefix else 0,
         prompt=method.virtual_tokens if method.kind is MethodKind.prompt else 0,
         dropout=method.dropout > 0 and lora,

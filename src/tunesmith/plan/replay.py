@@ -12,8 +12,8 @@ MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
     queries, keys    (q + kv)(4 + c)    with a norm of their own (Qwen3)
     attention        c(2q + 2kv)        rotated queries and keys, values, output; and 4 a head for the softmax's logarithm
     SwiGLU           3cf                gate, silu(gate), up
-    linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each under autocast
-                     or dropout, and then the mask; and cr for Ax, which B reads
+    linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each where autocast
+                     or dropout makes one, and then the mask; and cr for Ax, which B reads
     DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
     prefix, prompt   what attention keeps, and its keys and values of virtual tokens
 """
@@ -24,8 +24,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tunesmith.plan.linears import Linears
 from tunesmith.plan.shapes import Linear, ModelShape
-from tunesmith.plan.tape import Block, Gradients, Heap, Node, Tape, Value, spent
+from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Setting:
     last_layer: int = 2**31
     """Lowest layer with adapters."""
     dora: bool = False
+    joined: bool = False
+    """Base and adapter are one operator (model/linear.py)."""
     prefix: int = 0
     """Virtual tokens whose keys and values are learned in each layer."""
     prompt: int = 0
@@ -72,21 +75,12 @@ class Setting:
     """All gradients exist before this backward, which adds to them."""
 
 
-class Step(Tape):
+class Step(Linears):
     """Forward and backward of one micro-batch of `tokens` tokens, of which `targets` have logits."""
 
     def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
-        super().__init__(heap)
-        self.shape, self.setting = shape, setting
+        super().__init__(heap, shape, setting)
         self.tokens, self.targets = tokens + setting.prompt, targets
-        self.again = False
-        """A layer is computed again."""
-        self.cast_weights: list[Block] = []
-        self.gradients: list[Block] = []
-        self.waiting: Block | None = None
-        """A tied head's gradient, until the embedding's comes."""
-        self.pinned: list[Block] = []
-        """What a checkpointed layer keeps all the same: bitsandbytes holds the inputs of int8 layers where no checkpoint sees them."""
         self.learned: list[Block] = []
         """Gradients of a prefix, layer by layer."""
         loss = self.forward()
@@ -96,154 +90,7 @@ class Step(Tape):
             self.keep(self.block(2 * setting.prefix * shape.layers * shape.kv_width * setting.adapter, "gradients"))
             self.learned.clear()
 
-    def keep(self, gradient: Block) -> None:
-        """A weight's gradient is there: kept, or added to what was there before."""
-        if not self.setting.accumulates:
-            self.gradients.append(gradient)
-
     # --- operators -------------------------------------------------------------------------------------------------
-
-    def cast(self, x: Value, bytes: int, part: str = "activations") -> Value:
-        if x.bytes == bytes:
-            return x
-        size = x.size
-        return self.apply((x,), x.rows, x.width, bytes, lambda _: (self.block(size, part),), part=part)
-
-    def matmul(self, x: Value, outputs: int, stored: int, trained: bool, quantised: str = "", part: str = "activations") -> Value:
-        """x W^T with a weight of `stored` bytes a number."""
-        setting = self.setting
-        inputs = int(x.width)
-        bytes = x.bytes if quantised == "int8" else setting.compute if setting.autocast else stored
-        x = self.cast(x, bytes)
-        weight: Block | None = None
-        if quantised:
-            weight = self.block(inputs * outputs * bytes, "buffers")
-            if quantised == "int8":  # the input as int8, and the product as int32
-                weight = self.block(x.rows * (inputs + 4 * outputs), "buffers")
-        elif bytes != stored:
-            weight = self.block(inputs * outputs * bytes, "buffers")
-            if trained:
-                self.cast_weights.append(weight)  # autocast keeps those until the forward is over
-        wanted = x.node is not None
-        saved = (x.block if trained or (wanted and quantised == "int8") else None, weight if wanted and not quantised else None)
-        if quantised == "int8" and not self.recording:
-            self.pinned.append(x.block)
-        size = x.size
-
-        def run(_: list[Block], saved: object = saved) -> Gradients:
-            dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
-            gradient = self.block(size) if wanted else None
-            del dequantised
-            if trained:
-                grown = self.block(inputs * outputs * bytes, "gradients")
-                if bytes != stored:
-                    grown = self.block(inputs * outputs * stored, "gradients")
-                if part == "logits" and self.shape.tied:
-                    self.waiting = grown
-                else:
-                    self.keep(grown)
-            return (gradient,)
-
-        return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
-
-    def linear(self, x: Value, linear: Linear, layer: int) -> Value:
-        """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
-        setting, given = self.setting, x  # who calls a module holds its argument until it returns
-        adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
-        self.stopped = self.again and last and not adapted
-        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
-        if setting.quantised:
-            result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
-        if adapted:
-            x = self.cast(x, setting.adapter)
-        if adapted and setting.dora:
-            result = self.cast(self.add(result, self.directed(x, result, linear)), result.bytes)
-        elif adapted:
-            inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
-            self.stopped = self.again and last
-            result = self.cast(self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True))), result.bytes)
-        del given
-        return result
-
-    def directed(self, x: Value, result: Value, linear: Linear) -> Value:
-        """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""
-        setting = self.setting
-        name, inputs, outputs = linear
-        bytes = setting.compute if setting.autocast else setting.adapter
-        if setting.dropout:
-            x = self.dropped(x)
-        # B A by way of B(A(I)), in a graph that nobody goes back through and that lives until this returns.
-        eye = self.block(inputs * inputs * setting.adapter, "buffers")
-        if bytes != setting.adapter:
-            eye = self.block(inputs * inputs * bytes, "buffers")
-        inner = self.block(inputs * setting.rank * bytes, "buffers")
-        product = self.block(inputs * outputs * bytes, "buffers")
-        graph = (eye, inner) if self.recording else ()
-        del eye, inner
-        if bytes != x.bytes:
-            product = self.block(inputs * outputs * x.bytes, "buffers")
-        weight: Block | None = None
-        if setting.quantised:
-            weight = self.block(inputs * outputs * setting.compute, "buffers")
-        if (setting.compute if setting.quantised else setting.linear) != x.bytes:
-            weight = self.block(inputs * outputs * x.bytes, "buffers")
-        scaled = self.block(inputs * outputs * x.bytes, "buffers")
-        summed = self.block(inputs * outputs * x.bytes, "buffers")
-        del scaled, summed
-        lora_result = self.matmul(self.matmul(x, setting.rank, setting.adapter, True), outputs, setting.adapter, True)
-        base_result = result
-        if setting.dropout:
-            base_result = self.through_made(x, outputs, weight)
-        elif self.has_bias(name):
-            base_result = self.apply((result,), result.rows, result.width, result.bytes, lambda given: (given[0],))
-        stretched = self.stretched(base_result)
-        self.stopped = self.again and linear == self.shape.linears[-1]
-        out = self.add(stretched, self.scaled(self.stretched(lora_result)))
-        del graph, product
-        return out
-
-    def through_made(self, x: Value, outputs: int, weight: Block | None) -> Value:
-        """x W^T with a frozen weight made for this matmul, which keeps it for backward; None: stored in that type."""
-        setting = self.setting
-        bytes = setting.compute if setting.autocast else setting.adapter
-        if bytes != setting.adapter:
-            weight = self.block(x.width * outputs * bytes, "buffers")
-        x = self.cast(x, bytes)
-        saved, size = weight if x.node else None, x.size
-        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]  # holds it
-
-    def has_bias(self, name: str) -> bool:
-        return self.shape.qkv_bias if name in ("q_proj", "k_proj", "v_proj") else self.shape.out_bias and name == "o_proj"
-
-    def stretched(self, x: Value) -> Value:
-        """x times a trained row of numbers."""
-        bytes, saved, wanted = max(x.bytes, self.setting.adapter), x.block, x.node is not None
-        full, size = x.rows * x.width * bytes, x.size
-
-        def run(_: list[Block], saved: Block = saved) -> Gradients:
-            product = self.block(full)  # summed over tokens, it is the row's gradient
-            gradient = self.block(full) if wanted else None
-            del product
-            return (self.block(size) if gradient and size != full else gradient,)
-
-        return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
-
-    def has_adapter(self, linear: Linear, layer: int) -> bool:
-        return self.setting.first_layer <= layer <= self.setting.last_layer and linear in self.setting.adapted
-
-    def dropped(self, x: Value) -> Value:
-        if not self.setting.dropout:
-            return x
-        mask, size = self.block(x.rows * x.width * min(self.setting.mask, x.bytes)), x.size
-        self.heap.random += x.rows * x.width
-        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, mask=mask: (self.block(size),))  # type: ignore[misc]
-
-    def scaled(self, x: Value) -> Value:
-        size = x.size
-        return self.apply((x,), x.rows, x.width, x.bytes, lambda _: (self.block(size),))
-
-    def add(self, x: Value, y: Value) -> Value:
-        return self.apply((x, y), x.rows, x.width, max(x.bytes, y.bytes), lambda given: (given[0], given[0]))
 
     def multiply(self, x: Value, y: Value) -> Value:
         saved = (x.block if y.node else None, y.block if x.node else None)
@@ -444,9 +291,9 @@ class Step(Tape):
         def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept, pinned: object = pinned) -> Gradients:
             *tensor, wanted = kept
             leaf = Node(0, (), spent) if wanted else None
-            # It begins when backward asks for the first saved tensor: an adapter's has been given its scaled gradient by then.
+            # It begins when backward asks for the first saved tensor: PEFT's adapter has been given its scaled gradient by then.
             scaled = []
-            if self.has_adapter(self.shape.linears[-1], layer):
+            if self.has_adapter(self.shape.linears[-1], layer) and not self.setting.joined:
                 wide = out_width * max(bytes, self.setting.adapter) if self.setting.dora else size
                 scaled = [self.block(wide) for _ in range(1 + (wide > size))]  # DoRA's is a cast's, and that scaled
             self.again = True

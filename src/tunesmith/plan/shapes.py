@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Method, MethodKind
+from tunesmith.config import Base, Engine, EngineKind, Method, MethodKind
 
 Linear = tuple[str, int, int]
 """(name, inputs, outputs) of one linear layer."""
@@ -142,6 +142,19 @@ class ModelShape:
             adapters += self.layers * sum(outputs for _, _, outputs in self.adapted(method.targets))
         ends = len(self.trained_ends(method))
         return adapters // self.layers * len(self.adapted_layers(method)) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
+
+
+def joins_adapters(method: Method, gathered: bool = False) -> bool:
+    """Whether a base layer and its adapter are computed as one operator (model/linear.py), and not as PEFT does.
+
+    gathered: weights come to each layer by a hook on it, as `gathers_by_hooks` says.
+    """
+    return method.kind is MethodKind.lora and method.base is Base.as_is and not (method.dora or method.dropout or gathered)
+
+
+def gathers_by_hooks(engine: Engine) -> bool:
+    """Whether weights exist only while the layer that has them is called (ZeRO 3)."""
+    return engine.kind is EngineKind.deepspeed and engine.zero == 3
 
 
 def glm_targets(targets: Iterable[str]) -> list[str]:

@@ -1,0 +1,214 @@
+"""The linear layers of a replayed step: base, adapter, DoRA and dropout, each with what it keeps and what backward takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.plan.shapes import Linear, ModelShape
+from tunesmith.plan.tape import Block, Gradients, Heap, Tape, Value
+
+if TYPE_CHECKING:
+    from tunesmith.plan.replay import Setting
+
+
+class Linears(Tape):
+    """A tape that knows how a model's linear layers are computed."""
+
+    def __init__(self, heap: Heap, shape: ModelShape, setting: Setting) -> None:
+        super().__init__(heap)
+        self.shape, self.setting = shape, setting
+        self.again = False
+        """A layer is computed again."""
+        self.cast_weights: list[Block] = []
+        self.gradients: list[Block] = []
+        self.waiting: Block | None = None
+        """A tied head's gradient, until the embedding's comes."""
+        self.pinned: list[Block] = []
+        """What a checkpointed layer keeps all the same: bitsandbytes holds the inputs of int8 layers where no checkpoint sees them."""
+
+    def keep(self, gradient: Block) -> None:
+        """A weight's gradient is there: kept, or added to what was there before."""
+        if not self.setting.accumulates:
+            self.gradients.append(gradient)
+
+    def cast(self, x: Value, bytes: int, part: str = "activations") -> Value:
+        if x.bytes == bytes:
+            return x
+        size = x.size
+        return self.apply((x,), x.rows, x.width, bytes, lambda _: (self.block(size, part),), part=part)
+
+    def matmul(self, x: Value, outputs: int, stored: int, trained: bool, quantised: str = "", part: str = "activations") -> Value:
+        """x W^T with a weight of `stored` bytes a number."""
+        setting = self.setting
+        inputs = int(x.width)
+        bytes = x.bytes if quantised == "int8" else setting.compute if setting.autocast else stored
+        x = self.cast(x, bytes)
+        weight: Block | None = None
+        if quantised:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if quantised == "int8":  # the input as int8, and the product as int32
+                weight = self.block(x.rows * (inputs + 4 * outputs), "buffers")
+        elif bytes != stored:
+            weight = self.block(inputs * outputs * bytes, "buffers")
+            if trained:
+                self.cast_weights.append(weight)  # autocast keeps those until the forward is over
+        wanted = x.node is not None
+        saved = (x.block if trained or (wanted and quantised == "int8") else None, weight if wanted and not quantised else None)
+        if quantised == "int8" and not self.recording:
+            self.pinned.append(x.block)
+        size = x.size
+
+        def run(_: list[Block], saved: object = saved) -> Gradients:
+            dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
+            gradient = self.block(size) if wanted else None
+            del dequantised
+            if trained:
+                grown = self.block(inputs * outputs * bytes, "gradients")
+                if bytes != stored:
+                    grown = self.block(inputs * outputs * stored, "gradients")
+                if part == "logits" and self.shape.tied:
+                    self.waiting = grown
+                else:
+                    self.keep(grown)
+            return (gradient,)
+
+        return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
+
+    def linear(self, x: Value, linear: Linear, layer: int) -> Value:
+        """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
+        setting, given = self.setting, x  # who calls a module holds its argument until it returns
+        adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
+        if adapted and setting.joined:
+            return self.joined(x, linear)
+        self.stopped = self.again and last and not adapted
+        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        if setting.quantised:
+            result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
+        if adapted:
+            x = self.cast(x, setting.adapter)
+        if adapted and setting.dora:
+            result = self.cast(self.add(result, self.directed(x, result, linear)), result.bytes)
+        elif adapted:
+            inner = self.matmul(self.dropped(x), setting.rank, setting.adapter, True)
+            self.stopped = self.again and last
+            result = self.cast(self.add(result, self.scaled(self.matmul(inner, linear[2], setting.adapter, True))), result.bytes)
+        del given
+        return result
+
+    def joined(self, x: Value, linear: Linear) -> Value:
+        """Base and adapter as one operator (model/linear.py): x and A(x) are kept, and the product is written after that."""
+        setting, (_, inputs, outputs) = self.setting, linear
+        x = self.cast(x, setting.compute if setting.autocast else setting.adapter)
+        bytes, rank, wanted, size = x.bytes, setting.rank, x.node is not None, x.size
+        casts = bytes != setting.adapter
+
+        def narrowed(numbers: float) -> Block | None:
+            return self.block(numbers * bytes, "buffers") if casts else None
+
+        weight = narrowed(inputs * rank)
+        inner = self.block(x.rows * rank * bytes)
+        del weight
+        y = self.block(x.rows * outputs * bytes)
+        if self.again and linear == self.shape.linears[-1]:
+            self.stopped = True
+            y = self.block(0)
+        weight = narrowed(outputs * rank)
+        del weight
+
+        def grown(numbers: float) -> Block:
+            gradient = self.block(numbers * bytes, "gradients")
+            return self.block(numbers * setting.adapter, "gradients") if casts and gradient else gradient
+
+        def run(_: list[Block], saved: tuple[Block, ...] = (x.block, inner)) -> Gradients:
+            weight = narrowed(outputs * rank)
+            of_inner = self.block(saved[1].size)
+            del weight
+            of_weights = [grown(outputs * rank), grown(inputs * rank)]
+            of_x = self.block(size) if wanted else None
+            weight = narrowed(inputs * rank) if wanted else None
+            del weight, of_inner
+            while of_weights:
+                self.keep(of_weights.pop())
+            return (of_x,)
+
+        return self.apply((x,), x.rows, outputs, bytes, run, block=y, trained=True)
+
+    def directed(self, x: Value, result: Value, linear: Linear) -> Value:
+        """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""
+        setting = self.setting
+        name, inputs, outputs = linear
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if setting.dropout:
+            x = self.dropped(x)
+        # B A by way of B(A(I)), in a graph that nobody goes back through and that lives until this returns.
+        eye = self.block(inputs * inputs * setting.adapter, "buffers")
+        if bytes != setting.adapter:
+            eye = self.block(inputs * inputs * bytes, "buffers")
+        inner = self.block(inputs * setting.rank * bytes, "buffers")
+        product = self.block(inputs * outputs * bytes, "buffers")
+        graph = (eye, inner) if self.recording else ()
+        del eye, inner
+        if bytes != x.bytes:
+            product = self.block(inputs * outputs * x.bytes, "buffers")
+        weight: Block | None = None
+        if setting.quantised:
+            weight = self.block(inputs * outputs * setting.compute, "buffers")
+        if (setting.compute if setting.quantised else setting.linear) != x.bytes:
+            weight = self.block(inputs * outputs * x.bytes, "buffers")
+        scaled = self.block(inputs * outputs * x.bytes, "buffers")
+        summed = self.block(inputs * outputs * x.bytes, "buffers")
+        del scaled, summed
+        lora_result = self.matmul(self.matmul(x, setting.rank, setting.adapter, True), outputs, setting.adapter, True)
+        base_result = result
+        if setting.dropout:
+            base_result = self.through_made(x, outputs, weight)
+        elif self.has_bias(name):
+            base_result = self.apply((result,), result.rows, result.width, result.bytes, lambda given: (given[0],))
+        stretched = self.stretched(base_result)
+        self.stopped = self.again and linear == self.shape.linears[-1]
+        out = self.add(stretched, self.scaled(self.stretched(lora_result)))
+        del graph, product
+        return out
+
+    def through_made(self, x: Value, outputs: int, weight: Block | None) -> Value:
+        """x W^T with a frozen weight made for this matmul, which keeps it for backward; None: stored in that type."""
+        setting = self.setting
+        bytes = setting.compute if setting.autocast else setting.adapter
+        if bytes != setting.adapter:
+            weight = self.block(x.width * outputs * bytes, "buffers")
+        x = self.cast(x, bytes)
+        saved, size = weight if x.node else None, x.size
+        return self.apply((x,), x.rows, outputs, bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]  # holds it
+
+    def has_bias(self, name: str) -> bool:
+        return self.shape.qkv_bias if name in ("q_proj", "k_proj", "v_proj") else self.shape.out_bias and name == "o_proj"
+
+    def stretched(self, x: Value) -> Value:
+        """x times a trained row of numbers."""
+        bytes, saved, wanted = max(x.bytes, self.setting.adapter), x.block, x.node is not None
+        full, size = x.rows * x.width * bytes, x.size
+
+        def run(_: list[Block], saved: Block = saved) -> Gradients:
+            product = self.block(full)  # summed over tokens, it is the row's gradient
+            gradient = self.block(full) if wanted else None
+            del product
+            return (self.block(size) if gradient and size != full else gradient,)
+
+        return self.apply((x,), x.rows, x.width, bytes, run, trained=True)
+
+    def has_adapter(self, linear: Linear, layer: int) -> bool:
+        return self.setting.first_layer <= layer <= self.setting.last_layer and linear in self.setting.adapted
+
+    def dropped(self, x: Value) -> Value:
+        if not self.setting.dropout:
+            return x
+        mask, size = self.block(x.rows * x.width * min(self.setting.mask, x.bytes)), x.size
+        self.heap.random += x.rows * x.width
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, mask=mask: (self.block(size),))  # type: ignore[misc]
+
+    def scaled(self, x: Value) -> Value:
+        size = x.size
+        return self.apply((x,), x.rows, x.width, x.bytes, lambda _: (self.block(size),))
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self.apply((x, y), x.rows, x.width, max(x.bytes, y.bytes), lambda given: (given[0], given[0]))

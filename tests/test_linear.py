@@ -1,0 +1,201 @@
+"""A base layer and its adapter as one operator, against PEFT's four; and PEFT's own wherever the two would not be the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.test_model import CPU, config_for, examples
+from tunesmith.config import Base, Batching
+from tunesmith.data.layout import lay_out
+from tunesmith.model import build_model
+from tunesmith.model.linear import can_be_joined, join_adapters
+
+# PEFT still asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+INPUTS, OUTPUTS, R = 24, 40, 4
+
+
+def layer_of(bias: bool = True, **settings: Any) -> Any:
+    """PEFT's layer around a linear one, its adapter not 0."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=bias)), LoraConfig(r=R, target_modules=["0"], **settings))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model.base_model.model[0]
+
+
+def results(layer: Any, x: torch.Tensor, wants_x: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a layer gives for x, and the gradients of a loss that weighs each output otherwise."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_(wants_x)
+    y = layer(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in layer.named_parameters() if weight.grad is not None}
+    return y.detach(), {**gradients, **({"x": x.grad} if x.grad is not None else {})}
+
+
+def is_joined(layer: Any, x: torch.Tensor) -> bool:
+    return type(layer(x).grad_fn).__name__ == "_JoinedBackward"
+
+
+def both(layer: Any) -> tuple[Any, Any]:
+    """PEFT's layer, and the same one joined."""
+    other = copy.deepcopy(layer)
+    join_adapters(other)
+    return layer, other
+
+
+@pytest.mark.parametrize("wants_x", [True, False], ids=["middle", "lowest"])
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, {"use_rslora": True, "lora_alpha": 3}], ids=["bias", "no bias", "rslora"])
+@pytest.mark.parametrize("rows", [(7,), (1, 33), (2, 3, 5)])
+def test_values_and_gradients_are_pefts(rows: tuple[int, ...], settings: dict[str, Any], wants_x: bool) -> None:
+    plain, joined = both(layer_of(**settings))
+    x = torch.randn(*rows, INPUTS)
+    assert is_joined(joined, x)
+    (wanted, wanted_gradients), (got, gradients) = (results(layer, x, wants_x) for layer in (plain, joined))
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys() and len(gradients) == 2 + wants_x, "the base has none"
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-5, atol=1e-5), name
+    with torch.no_grad():
+        assert torch.allclose(joined(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=["wide input", "narrow input"])
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+def test_under_autocast_types_are_pefts(compute: torch.dtype, x_type: torch.dtype) -> None:
+    """The base in halves and the adapter in fp32, as Accelerate computes them: both are near what fp32 gives, at the same distance."""
+    exact = layer_of()
+    plain, joined = both(copy.deepcopy(exact))
+    for layer in (plain, joined):
+        layer.base_layer.to(compute)
+    x = torch.randn(50, INPUTS).to(x_type)
+    truth, true_gradients = results(exact, x.float())
+    with torch.autocast("cpu", dtype=compute):
+        assert is_joined(joined, x) or x_type is not compute  # a cast stands between them
+        (wanted, wanted_gradients), (got, gradients) = (results(layer, x) for layer in (plain, joined))
+    assert got.dtype is wanted.dtype is compute
+    assert torch.dist(got.float(), truth) < 1.1 * torch.dist(wanted.float(), truth)
+    for name, gradient in gradients.items():
+        assert gradient.dtype is wanted_gradients[name].dtype, name
+        assert torch.dist(gradient.float(), true_gradients[name]) < 0.02 * true_gradients[name].norm(), name
+
+
+def two_adapters(layer: Any) -> None:
+    layer.update_layer("second", R, lora_alpha=8, config=LoraConfig(r=R))
+    nn.init.normal_(layer.lora_B["second"].weight)
+    layer.set_adapter(["default", "second"])
+
+
+def listened_to(layer: Any) -> None:
+    layer.base_layer.register_forward_pre_hook(lambda part, inputs: (inputs[0] * 2,))
+
+
+def replaced(layer: Any) -> None:
+    layer.base_layer.forward = lambda x: x.new_ones(*x.shape[:-1], OUTPUTS)
+
+
+def trained_base(layer: Any) -> None:
+    layer.base_layer.weight.requires_grad_(True)
+
+
+def halved_base(layer: Any) -> None:
+    layer.base_layer.to(torch.bfloat16)
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], Callable[[Any], Any], torch.dtype]] = {
+    "DoRA": ({"use_dora": True}, lambda layer: None, torch.float32),
+    "dropout": ({"lora_dropout": 0.5}, lambda layer: None, torch.float32),
+    "adapter's bias": ({"lora_bias": True}, lambda layer: None, torch.float32),
+    "merged": ({}, lambda layer: layer.merge(), torch.float32),
+    "disabled": ({}, lambda layer: layer.enable_adapters(False), torch.float32),
+    "two adapters": ({}, two_adapters, torch.float32),
+    "a hook inside": ({}, listened_to, torch.float32),
+    "a forward replaced inside": ({}, replaced, torch.float32),
+    "a trained base": ({}, trained_base, torch.float32),
+    "types that differ": ({}, halved_base, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("settings", "change", "type_of_x"), OTHERWISE.values(), ids=OTHERWISE)
+def test_whatever_else_a_layer_does_is_done_by_peft(settings: dict[str, Any], change: Callable[[Any], Any], type_of_x: torch.dtype) -> None:
+    layer = layer_of(**settings)
+    change(layer)
+    plain, joined = both(layer)
+    x = torch.randn(9, INPUTS).to(type_of_x)
+    assert not is_joined(joined, x.clone().requires_grad_())
+    found = []
+    for each in (plain, joined):
+        torch.manual_seed(1)
+        found.append(results(each, x))
+    assert torch.equal(found[0][0], found[1][0]), "to the last bit"
+    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items()) and found[0][1].keys() == found[1][1].keys()
+
+
+def test_dropout_is_nothing_in_evaluation() -> None:
+    layer = layer_of(lora_dropout=0.5)
+    assert not can_be_joined(layer)
+    assert can_be_joined(layer.eval())
+
+
+def test_what_is_kept_is_the_input_and_r_numbers_a_row() -> None:
+    _, joined = both(layer_of())
+    kept: list[torch.Tensor] = []
+    x = torch.randn(11, INPUTS, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        joined(x)
+    weights = {weight.data_ptr() for weight in joined.parameters()}
+    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in weights] == [(11, INPUTS), (11, R)]
+
+
+def test_a_recomputation_ends_before_the_product() -> None:
+    """The layer's own product is not needed for its gradients: computed again are r numbers a row, and nothing else."""
+    _, joined = both(layer_of())
+    x = torch.randn(11, INPUTS, requires_grad=True)
+    wanted = results(joined, x)
+    joined.zero_grad()
+    y = checkpoint(joined, x, use_reentrant=False)
+    with FlopCounterMode(display=False) as counter:
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    assert torch.equal(y, wanted[0])
+    for name, weight in joined.named_parameters():
+        assert weight.grad is None or torch.equal(weight.grad, wanted[1][name]), name
+    backward = 2 * 11 * (INPUTS * OUTPUTS + R * (2 * OUTPUTS + 2 * INPUTS))
+    assert counter.get_total_flops() == backward + 2 * 11 * R * INPUTS
+
+
+@pytest.mark.parametrize("base", [Base.as_is, Base.nf4, Base.int8])
+def test_a_run_joins_what_is_not_quantised(base: Base, tiny_model: Path) -> None:
+    """Losses and gradients of a whole model, names of its weights, and what is quantised as PEFT and bitsandbytes have it."""
+    module = build_model(config_for(tiny_model, r=4, base=base), tiny_model, CPU)
+    layers = [part for part in module.modules() if hasattr(part, "lora_A")]
+    assert {can_be_joined(layer) for layer in layers} == {base is Base.as_is}
+    torch.manual_seed(3)
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    batch = lay_out(examples(6), Batching.ragged)
+    names, found = list(module.state_dict()), []
+    for _ in range(2):
+        module.zero_grad()
+        loss = module(batch)
+        loss.backward()
+        found.append((loss.detach(), {name: w.grad.clone() for name, w in module.named_parameters() if w.grad is not None}))
+        for layer in layers:
+            vars(layer).pop("forward", None)  # PEFT's own comes back
+    assert names == list(module.state_dict())
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5), name
