@@ -15,7 +15,7 @@ from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, regi
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import measure_cpu, prepare_environment, this_machine
 from tunesmith.plan import beside, describe, make_plan, shape_needs_files
-from tunesmith.run import COMPLETED, RunFolder, StopSignal, failures, leave, refuse
+from tunesmith.run import COMPLETED, FAILED, RunFolder, StopSignal, TrialFailed, failures, leave, refuse
 from tunesmith.world import World, this_world
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let mistakes reach us: `explain` names all of them, a line each
@@ -102,6 +102,8 @@ if __name__ == "__main__":
     try:
         main()
         leave(COMPLETED)
+    except TrialFailed:
+        leave(FAILED)
     except COMPOSITION_ERRORS as error:
         refuse(Refusal(explain(error, sys.argv[1:])))
     except Refusal as refusal:  # variables of a launcher that contradict each other: `failures` needs to know the rank

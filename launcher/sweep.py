@@ -33,7 +33,7 @@ from tunesmith.hardware import Machine
 from tunesmith.metrics import read_metrics
 from tunesmith.plan import Plan, make_plan
 from tunesmith.records import read_json
-from tunesmith.run import COMPLETED, FAILED, REFUSED, STOPPED, RunFolder, StopSignal, leave
+from tunesmith.run import COMPLETED, FAILED, REFUSED, STOPPED, RunFolder, StopSignal, TrialFailed, leave
 from tunesmith.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,10 +68,10 @@ class Outcome:
     """How a trial ended."""
 
     state: str
-    """completed, stopped, pruned, refused, oom, nan, killed, failed, or not started."""
+    """completed, stopped, refused, oom, nan, killed, failed, or not started."""
     why: str = ""
     loss: float | None = None
-    """Held-out loss of a completed run's result, or the last one of a pruned run; nats a target token."""
+    """Held-out loss of a completed run's result, nats a target token."""
 
 
 # --- from words to trials ------------------------------------------------------------------------------------------
@@ -168,18 +168,18 @@ class Stop:
         self.times += 1
 
 
-def run_trial(trial: Trial, command: Sequence[str], stop: Stop, look: Callable[[], bool] = lambda: False) -> Outcome:
+def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
     """Start a trial's ranks in processes of their own, wait for their end and say what became of it.
 
     In processes of its own nothing of one trial is left for the next: process group, a library's state, a card's memory; and a trial that
-    dies takes none along. look: asked several times a second whether the trial is to be stopped; it then saves and is `pruned`.
+    dies takes none along.
     """
     run = trial.run
     before = run.status()
     if before.get("state") == "completed":
         return Outcome("completed", "was complete", held_out_loss(trial))
     process = subprocess.Popen(command)
-    told, pruned = 0, False
+    told = 0
     while True:
         try:
             code = process.wait(POLL_S)
@@ -189,12 +189,7 @@ def run_trial(trial: Trial, command: Sequence[str], stop: Stop, look: Callable[[
         if stop.times > told:
             told = stop.times
             ask_to_stop(process, run, before)
-        elif not pruned and look():
-            pruned = True
-            ask_to_stop(process, run, before)
     after = run.status()
-    if pruned and after.get("state") == "stopped":
-        return Outcome("pruned", f"at step {after.get('step')}", last_loss(run.path))
     state, why = classified(code, before, after, first_error(run.path))
     return Outcome(state, why, held_out_loss(trial) if state == "completed" else None)
 
@@ -255,15 +250,6 @@ def held_out_losses(run: Path) -> list[float]:
     return [row["dev/loss"] for row in read_metrics(run / "metrics.jsonl") if "dev/loss" in row]
 
 
-def last_loss(run: Path) -> float | None:
-    losses = held_out_losses(run)
-    return losses[-1] if losses else None
-
-
-class TrialFailed(Exception):
-    """A trial of Hydra's own sweep came to nothing; the others go on."""
-
-
 def run_in_child(config: Config, words: Sequence[str], machine: Machine) -> float:
     """A trial of `train.py -m`, with one rank in a process of its own; its held-out loss, nan if it has none, for Hydra's sweepers.
 
@@ -305,7 +291,7 @@ def exit_code(outcomes: Sequence[Outcome], stop: Stop) -> int:
     if stop.times and states & {"stopped", "not started"}:
         print("tunesmith: the sweep was stopped — the same command goes on")
         return STOPPED
-    return COMPLETED if states <= {"completed", "pruned"} else FAILED
+    return COMPLETED if states <= {"completed"} else FAILED
 
 
 def table(planned: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:

@@ -103,10 +103,10 @@ def test_how_a_trial_ended(code: int, before: dict[str, Any], after: dict[str, A
 
 def test_the_best_trial_is_the_lowest_loss_of_a_completed_run(overrides: list[str]) -> None:
     planned = plan_trials(trials([*overrides, "train.seed=0,1,2"]), SMALL, 1)
-    ended = [Ended("completed", "", 0.5), Ended("pruned", "at step 4", 0.1), Ended("completed", "", 0.4)]
+    ended = [Ended("completed", "", 0.5), Ended("stopped", "at step 4", 0.1), Ended("completed", "", 0.4)]
     text = table(planned, ended)
     assert "best     trial 3 with dev/loss 0.4000: train.seed=2" in text
-    assert "trial 2: pruned, dev/loss 0.1000, at step 4" in text
+    assert "trial 2: stopped, dev/loss 0.1000, at step 4" in text
     assert [line[0] for line in text.splitlines()[1:4]] == [" ", " ", "*"]
     assert "set data.dev" in table(planned, [Ended("completed")] * 3)
 

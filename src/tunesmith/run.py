@@ -53,6 +53,10 @@ class Stopped(Exception):
         self.by = by
 
 
+class TrialFailed(Exception):
+    """A trial of Hydra's own sweep came to nothing, which has been said; Hydra raises it when the others are done."""
+
+
 class RunFolder:
     """outputs/NAME/ID and the small files in it; only rank 0 writes, except errors."""
 
