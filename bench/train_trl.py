@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
+# E402: imports write warnings and log lines, which are silenced first, and `protocol` lies beside this file.
 import datasets  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig  # noqa: E402

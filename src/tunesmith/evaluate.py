@@ -40,8 +40,9 @@ def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int)
     questions = dataset.questions[: settings.conversations or None]
     if questions:
         answers = answer(engine, questions, dataset.renderer, settings)
-        found |= score(questions, answers)
-        found["intervals"] = intervals(questions, answers)
+        judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
+        found |= scores(judged)
+        found["intervals"] = intervals(judged)
         found["answers"] = answers
     found["conversations"] = len(questions)
     found["seconds"] = time.perf_counter() - start
@@ -125,20 +126,18 @@ def judge(question: Question, text: str) -> Judged:
     return Judged(intent and said_slots == gold_slots, intent, (len(gold_slots & said_slots), len(said_slots), len(gold_slots)))
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def scores(judged: Sequence[Judged]) -> dict[str, float]:
     """Intent accuracy, micro slot F1 and exact match where calls are wanted; exact match of the text elsewhere."""
-    judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
-    scores = {"test/exact_match": sum(one.exact for one in judged) / len(judged)}
+    means = {"test/exact_match": sum(one.exact for one in judged) / len(judged)}
     if intents := [one.intent for one in judged if one.intent is not None]:
         found, given, wanted = (sum(one.slots[part] for one in judged) for part in range(3))
-        scores["test/intent_accuracy"] = sum(intents) / len(intents)
-        scores["test/slot_f1"] = 2 * found / max(1, given + wanted)
-    return scores
+        means["test/intent_accuracy"] = sum(intents) / len(intents)
+        means["test/slot_f1"] = 2 * found / max(1, given + wanted)
+    return means
 
 
-def intervals(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Interval]:
+def intervals(judged: Sequence[Judged]) -> dict[str, Interval]:
     """95 % intervals of the scores, as if the questions were drawn from all that could be asked; training adds noise of its own."""
-    judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
     found = {"test/exact_match": wilson(sum(one.exact for one in judged) / len(judged), len(judged))}
     if calls := [one for one in judged if one.intent is not None]:
         found["test/intent_accuracy"] = wilson(sum(bool(one.intent) for one in calls) / len(calls), len(calls))

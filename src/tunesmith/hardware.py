@@ -361,7 +361,7 @@ def measure_cpu(setting: str, machine: Machine, dtype: str, threads: int) -> Non
         with FileLock(str(_cache_file()) + ".lock"):
             peak_flops(setting, machine, dtype, threads, cpu=True)
             overheads(machine, threads)
-    except OSError:
+    except OSError:  # a cache that cannot be written to: the plan then says that the peak is not known, and rank 0 measures it for itself
         pass
 
 
