@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,39 @@ def test_a_real_shortage_is_known_as_one() -> None:
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("HIP out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_what_is_open_is_closed_only_as_the_new_process_begins(tmp_path: Path) -> None:
+    """A thread of a library, as gloo's, waits at its own epoll until then; in the new process that is gone."""
+    script = tmp_path / "starts_again.py"
+    script.write_text(f"""
+import os, select, sys, threading, time
+from pathlib import Path
+from tunesmith.again import Restarts
+from tunesmith.world import World
+
+known = Path({str(tmp_path / "number")!r})
+if known.exists():
+    try:
+        os.fstat(int(known.read_text()))
+    except OSError:
+        print("closed")
+    sys.exit()
+epoll = select.epoll()
+os.set_inheritable(epoll.fileno(), True)  # as a library's may be
+known.write_text(str(epoll.fileno()))
+
+def wait():
+    try:
+        while True:
+            epoll.poll(0.01)
+    except (OSError, ValueError):
+        os._exit(6)
+
+threading.Thread(target=wait, daemon=True).start()
+replace = os.execve
+os.execve = lambda *words: (time.sleep(0.3), replace(*words))  # what may lie between on a busy machine
+Restarts(Path({str(tmp_path)!r}), World()).replace_process()
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "closed"), done.stderr

@@ -109,5 +109,6 @@ class Restarts:
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):  # the list's own is closed already
                 if number > 2:  # sockets of the process group, the card, and the pipe to W&B's process, which ends with it
-                    os.close(number)
+                    # Closed by the system, as the new process begins: gloo's threads abort if it happens under them.
+                    os.set_inheritable(number, False)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _ENVIRONMENT)
