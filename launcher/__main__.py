@@ -20,7 +20,6 @@ from pathlib import Path
 
 from launcher.job import meeting_of, start
 from launcher.nodes import (
-    ROOT,
     WAYS,
     Meeting,
     by_ssh,
@@ -85,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.dry:
         print("\n".join(map(shlex.join, commands)))
         return
-    os.chdir(ROOT)
     if len(planned) > 1:
         leave(run_sweep(planned, partial(on_this_machine, via, ranks)))
     full = on_this_machine(via, ranks, planned[0].words, free_port(29500))

@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from tunesmith.run import CODES, FAILED, REFUSED, STOPPED, RunFolder, refuse
 from tunesmith.world import World
 
 WAIT_FOR_END_S = 300.0
+QUEUED_AGAIN = "queued again by Slurm or by hand"
 MEMORY = re.compile(r"oom[-_]kill|out of memory|exceeded (?:job |step )?memory limit", re.I)
 
 
@@ -86,7 +88,8 @@ def start(via: str, meeting: Meeting, words: Sequence[str], config: Config, *, d
         if dry:
             prepare(os.environ)
             return Ended(0, 0, "", "")
-        return watch(prepare, os.environ.get("SLURMD_NODENAME", meeting.hosts[0]))
+        # The shell of an salloc may be on the login node, which is no node of the job.
+        return watch(prepare, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
 
 
 def begin(run: RunFolder, config: Config, env: Mapping[str, str]) -> None:
@@ -136,7 +139,10 @@ def conclude(run: RunFolder, ended: Ended) -> int:
     if ended.code == REFUSED and state == "pending":
         run.set_status("failed", reason="refused", error=ended.tail.rpartition("tunesmith: ")[2][:500])
         return REFUSED
-    why = reason_of(job, ended, time.time())
+    why = reason_of(job, ended, time.time(), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    if why == QUEUED_AGAIN:
+        run.set_status("requeued", reason=why, error=None, rank=None)
+        return STOPPED
     if state in ("oom", "nan") or (state == "failed" and why != "node lost"):
         if state == "failed" and ended.lost.endswith("was killed"):  # it could not say so; the others tell of closed connections
             run.set_status(state, error=ended.lost, rank=None, node=None)
@@ -157,8 +163,11 @@ def conclude(run: RunFolder, ended: Ended) -> int:
     return FAILED
 
 
-def reason_of(job: Mapping[str, str], ended: Ended, now_s: float) -> str:
-    """Why the ranks ended, from what Slurm and the launcher know: preempted, cancelled, time limit, node lost, signal N, or failed."""
+def reason_of(job: Mapping[str, str], ended: Ended, now_s: float, restart: int = 0) -> str:
+    """Why the ranks ended, from what Slurm and the launcher know: preempted, cancelled, time limit, node lost, signal N, or failed.
+
+    restart: how often the job had been queued again when this start of it began; QUEUED_AGAIN if it has been once more since.
+    """
     state = job.get("JobState", "")
     if job.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
         return "preempted"
@@ -168,6 +177,8 @@ def reason_of(job: Mapping[str, str], ended: Ended, now_s: float) -> str:
         return "time limit" if near_end(job, now_s) else "preempted"
     if "does not answer any more" in ended.lost or "Node failure" in ended.tail or "NODE FAIL" in ended.tail:
         return "node lost"
+    if int(job.get("Restarts", "0")) > restart:  # `scontrol requeue`, or a node that was taken out of service
+        return QUEUED_AGAIN
     return f"signal {ended.signal}" if ended.signal and ended.signal != SIGTERM else "cancelled" if ended.signal else "failed"
 
 
@@ -184,7 +195,7 @@ def queue_again(why: str) -> int:
     """Send this job back to the queue and wait for Slurm to end it: a job that leaves by itself counts as over."""
     print(f"tunesmith: {why}: this job goes back to the queue, and on from its checkpoint", file=sys.stderr, flush=True)
     done = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
-    if done.returncode and "already pending" not in done.stderr.lower():
+    if done.returncode and "job is pending" not in done.stderr.lower():
         print(f"tunesmith: scontrol requeue: {done.stderr.strip()}", file=sys.stderr)
         return STOPPED
     time.sleep(WAIT_FOR_END_S)

@@ -84,6 +84,7 @@ def in_slurm(via: str, meeting: Meeting, words: Sequence[str], *, hostfile: str 
 
     hostfile: of deepspeed (`hostfile_text`); container: words before each program; cpus: cores of the job on a node, 0: unknown.
     """
+    refuse_container(via, container)
     inside, program = shlex.split(container), [str(ROOT / "train.py"), *words]
     nodes = len(meeting.hosts)
     # Without --kill-on-bad-exit the others would wait for a rank that has failed until their collectives time out.
@@ -92,7 +93,7 @@ def in_slurm(via: str, meeting: Meeting, words: Sequence[str], *, hostfile: str 
     if via == "srun":
         each = [f"--cpus-per-task={cpus // meeting.ranks}"] if cpus >= meeting.ranks else []
         ranks = [*srun, f"--ntasks={meeting.size}", f"--ntasks-per-node={meeting.ranks}", *each]
-        return [*ranks, *inside, sys.executable, *program]
+        return [*ranks, *inside, "python" if inside else sys.executable, *program]  # in a container: its own
     if via == "torchrun":
         return [*per_node, *inside, *_torchrun(meeting), *program]
     if via == "accelerate":
@@ -101,13 +102,17 @@ def in_slurm(via: str, meeting: Meeting, words: Sequence[str], *, hostfile: str 
         return [*per_node, "bash", "-c", shell, "accelerate", *program]
     if via == "deepspeed":
         # It runs srun itself and gives the ranks neither number nor meeting place: they come from Slurm and from the job.
-        if inside:
-            raise Refusal("slurm.container: deepspeed starts the ranks itself — type --via torchrun or srun")
         arguments = f"--kill-on-bad-exit=1 --ntasks-per-node={meeting.ranks}"
         return ["deepspeed", "--hostfile", hostfile, "--force_multi", "--launcher", "slurm", f"--launcher_args={arguments}", *program]
     if via == "pdsh":
         return _pdsh(meeting, words, hostfile)
     raise Refusal(f"--via {via}: starts one rank — type --via srun")
+
+
+def refuse_container(via: str, container: str) -> None:
+    """Raise Refusal for a way that cannot put its ranks into a container."""
+    if container and via in ("deepspeed", "pdsh"):
+        raise Refusal(f"slurm.container: with --via {via} deepspeed starts the ranks itself — type --via srun, torchrun or accelerate")
 
 
 def by_ssh(via: str, meeting: Meeting, words: Sequence[str], environment: Mapping[str, str], *, hostfile: str = "") -> list[list[str]]:

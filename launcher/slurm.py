@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.nodes import ROOT, node_machine, ranks_a_node
+from launcher.nodes import ROOT, node_machine, ranks_a_node, refuse_container
 from tunesmith.compose import compose
 from tunesmith.config import Config, Refusal
 from tunesmith.doctor.experiment import tracker
@@ -129,6 +129,7 @@ def submit(
     first, several = planned[0], len(trials) > 1
     if len({(plan.world_size, plan.config.hardware.gres, *map(str, vars(plan.config.slurm).values())) for plan in planned}) > 1:
         raise Refusal("trials of one array ask for the same nodes and cards: sweep over settings outside of hardware and slurm")
+    refuse_container(via, first.config.slurm.container)
     found = [line for plan in planned for line in [*folder_problems(plan.config), *input_problems(plan)]]
     found += [*limit_problems(slowest, nodes), *cluster_problems(slowest, nodes, _sinfo())]
     if found:
@@ -219,19 +220,22 @@ class Offer:
     """(gpu:a10, 4), ... of one node."""
     hours: float
     """The partition's time limit."""
+    cores: int
+    memory_mib: int
+    """Both of one node."""
 
 
-SINFO = ("sinfo", "--noheader", "-o", "%P|%D|%G|%l|%a")
+SINFO = ("sinfo", "--noheader", "--exact", "-o", "%P|%D|%G|%l|%a|%c|%m")
 
 
 def offers(text: str) -> list[Offer]:
     """What partitions offer, from the output of SINFO; those that are down are left out."""
     found = []
     for line in text.splitlines():
-        name, nodes, gres, limit, state = line.split("|")
+        name, nodes, gres, limit, state, cores, memory = line.split("|")
         given = tuple((match[1].rstrip(":"), int(match[2])) for match in re.finditer(r"(gpu:(?:[^:,()]+:)?)(\d+)", gres))
         if state.startswith("up"):
-            found.append(Offer(name.rstrip("*"), name.endswith("*"), int(nodes), given, hours_of(limit)))
+            found.append(Offer(name.rstrip("*"), name.endswith("*"), int(nodes), given, hours_of(limit), int(cores), int(memory)))
     return found
 
 
@@ -272,10 +276,21 @@ def cluster_problems(plan: Plan, nodes: int, sinfo: str) -> Iterator[str]:
         yield f"hardware.gres={wanted}: {local} a node are needed, {where} has {have} — {advice}"
     elif there < nodes:
         yield f"nodes={nodes}: {where} has {there} node{'s' * (there > 1)} with {wanted or 'room'} — type nodes={there}"
+    if fitting and slurm.cpus * local > (most_cores := max(offer.cores for offer in fitting)):
+        needed = f"{slurm.cpus * local} cores a node are needed"
+        yield f"slurm.cpus={slurm.cpus}: {needed}, {where} has {most_cores} — type slurm.cpus={most_cores // local}"
+    if fitting and mib_of(slurm.memory) > (most_memory := max(offer.memory_mib for offer in fitting)):
+        yield f"slurm.memory={slurm.memory}: {where} has {most_memory} MiB a node — type slurm.memory={most_memory}M"
 
 
 def _is(wanted: str, given: str) -> bool:
     return wanted == given or (wanted == "gpu" and given.startswith("gpu:"))
+
+
+def mib_of(memory: str) -> float:
+    """MiB of an amount as Slurm writes it (512, 30G, 1.5T); 0.0 if it is none, which sbatch itself will say."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", memory, re.I)
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2].upper() or "M") - 1) if match else 0.0
 
 
 def hours_of(limit: str) -> float:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import IO
 
@@ -58,7 +59,11 @@ def watch(prepare: Commands, address: str) -> Ended:
         asked.append(number)
         # In a thread, as this may have interrupted whoever holds the lock. Ctrl-C again means: now.
         if len(asked) == 1 or asked.count(signal.SIGINT) == 2:
-            threading.Thread(target=line.save_and_stop if len(asked) == 1 else line.end, daemon=True).start()
+            threading.Thread(target=partial(stop, number) if len(asked) == 1 else line.end, daemon=True).start()
+
+    def stop(number: int) -> None:
+        print(f"tunesmith: {signal.Signals(number).name}: all ranks are asked to save and stop", file=sys.stderr, flush=True)
+        line.save_and_stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     commands, environment = prepare({**os.environ, VARIABLE: line.place})

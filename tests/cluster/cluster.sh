@@ -18,7 +18,8 @@ login() {
     network
     command head -c 128 /dev/urandom >/srv/munge.key && chmod 400 /srv/munge.key
     munged --key-file=/srv/munge.key --seed-file=/srv/state/munge --log-file=/srv/log/munged.log --pid-file=/run/munge/munged.pid
-    slurm_conf >/srv/slurm/slurm.conf && mount --bind /srv/slurm /etc/slurm
+    for card in 0 1 2 3; do mknod /srv/state/a10-$card c 1 3; done # Slurm wants character devices: each is a /dev/null
+    gres_conf >/srv/slurm/gres.conf && slurm_conf >/srv/slurm/slurm.conf && mount --bind /srv/slurm /etc/slurm
     ssh_conf
     slurmctld
     for node in $NODES; do switch_on $node; done
@@ -103,11 +104,17 @@ SlurmdTimeout=60
 KillWait=5
 MinJobAge=3600
 DefMemPerCPU=100
-NodeName=node[1-2] CPUs=8 RealMemory=8000 State=UNKNOWN
+GresTypes=gpu
+NodeName=node[1-2] CPUs=8 RealMemory=8000 Gres=gpu:a10:4 State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF
+PartitionName=short Nodes=node1 MaxTime=30 PriorityTier=10 PreemptMode=OFF
 CONF
+}
+
+gres_conf() { # four cards a node, which no program finds
+    printf '%s\n' AutoDetect=off "NodeName=node[1-2] Name=gpu Type=a10 File=/srv/state/a10-[0-3]"
 }
 
 ssh_conf() {

@@ -33,13 +33,21 @@ class Cluster:
     pid: int
     """Of the login node's first process."""
 
-    def run(self, *command: str, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login node, in the shared folder."""
-        enter = ["nsenter", "-t", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--", "env", f"--chdir={SHARED}"]
-        path = environment({"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
-        done = subprocess.run([*enter, *command], env=path, capture_output=True, text=True, timeout=timeout_s)
-        assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done
+    def run(self, *command: str, check: bool = True, folder: Path = SHARED, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command on the login node, in the shared folder, and wait for its end."""
+        process = self.start(*command, folder=folder)
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            process.kill()
+        assert not check or process.returncode == 0, f"{command}\n{out}\n{err}"
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    def start(self, *command: str, folder: Path = SHARED) -> subprocess.Popen[str]:
+        """Start a command on the login node."""
+        enter = ["nsenter", "-t", str(self.pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--", "env", f"--chdir={folder}"]
+        env = environment({"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "VENV": sys.prefix})
+        return subprocess.Popen([*enter, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def launch(self, words: Sequence[str], *options: str) -> str:
         """Submit by the launcher, and give the job's id."""
@@ -52,7 +60,7 @@ class Cluster:
 
     def tasks(self, job: str) -> list[dict[str, str]]:
         """What Slurm says of each task of an array; a job alone is one."""
-        shown = self.run("scontrol", "-o", "show", "job", job).stdout.splitlines()
+        shown = self.run("scontrol", "-d", "-o", "show", "job", job).stdout.splitlines()
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in shown]
 
     def outside(self, folder: Path) -> Path:
@@ -89,6 +97,10 @@ class Cluster:
         rows = self._processes()
         home = next((place for _, place, words in rows if words == f"bash {STARTER} node {node}"), "")
         return [pid for pid, place, words in rows if re.match(r"\S*python\S* (-u )?\S*/train\.py ", words) and (not node or place == home)]
+
+    def launchers(self) -> list[str]:
+        """Process ids of the launchers at work on the login node."""
+        return [pid for pid, _, words in self._processes() if re.match(r"\S*python\S* -m launcher ", words)]
 
     def crash(self, node: str) -> None:
         """A power failure: nothing comes from the node any more, not even the end of a connection."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.conftest import SHARED, Cluster
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.launch
 
@@ -33,13 +36,17 @@ class Run:
             "model=local", f"model.path={SHARED / 'model'}", "data=local", f"data.folder={SHARED / 'data'}", "data.train=train.json",
             "data.dev=dev.json", f"train.steps={STEPS}", "train.conversations_per_step=8", "train.save_every=0", "train.eval_every=0",
             "optim.lr=1e-2", "optim.warmup_steps=2", "method.r=4", "hardware.peak=1e11", "hardware.threads=1", "eval.before=false",
-            "eval.after=false", "slurm.time=1:00:00", "slurm.signal_s=60",
+            "eval.after=false", "hardware.gres=gpu:a10", "slurm.time=1:00:00", "slurm.signal_s=60",
         ]  # fmt: skip
         self.jobs: list[str] = []
 
     def submit(self, *words: str, options: tuple[str, ...] = TWO_BY_TWO) -> str:
         self.jobs.append(self.cluster.launch([*self.words, *words], *options))
         return self.jobs[-1]
+
+    def launched_here(self, *options: str) -> list[str]:
+        """The launcher's command on several machines, without submitting."""
+        return [sys.executable, "-m", "launcher", *self.words, "nodes=2", *options]
 
     @property
     def folders(self) -> list[Path]:
@@ -63,8 +70,25 @@ class Run:
 
         return [row["train/loss"] for row in read_metrics(self.folders[0] / "metrics.jsonl")]
 
+    @property
+    def printed(self) -> str:
+        """What the last job has printed."""
+        (file,) = self.cluster.outside(SHARED).rglob(f"{self.jobs[-1]}.out")
+        return file.read_text()
+
     def until_training(self) -> None:
         self.cluster.until(lambda: self.steps >= 2, self.jobs)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop the ranks in mid-run, as a quick machine would be done before anybody has looked; afterwards they go on."""
+        self.until_training()
+        ranks = self.cluster.ranks()
+        self.cluster.run("kill", "-STOP", *ranks)
+        assert len(ranks) == 4 and self.steps < STEPS - 1
+        yield
+        # One may have gone on, saved and left by now: Slurm itself sends SIGCONT with SIGTERM.
+        self.cluster.run("kill", "-CONT", *ranks, check=False)
 
 
 @pytest.fixture
@@ -96,9 +120,41 @@ def test_a_job_of_two_nodes_and_four_ranks_completes(cluster: Cluster, uninterru
     losses = uninterrupted.losses
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.4
     assert json.loads((uninterrupted.folders[0] / "environment.json").read_text())["world_size"] == 4
+    given = cluster.job(job)
+    assert (given["TresPerNode"], given["JOB_GRES"]) == ("gres:gpu:a10:2", "gpu:a10:4"), "a card for each rank"
     again = uninterrupted.submit()
     assert cluster.ended(again) == "COMPLETED", cluster.told()
     assert uninterrupted.losses == losses, "a run that is complete is not run again"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["hardware.gres=gpu:h100", "train.steps=100000", "slurm.cpus=6"],
+            [
+                "slurm.time=1:00:00: the plan predicts",
+                "hardware.gres=gpu:h100: 2 a node are needed, partition gpu has gpu:a10:4 — type hardware.gres=gpu:a10",
+            ],
+        ),
+        (["slurm.partition=fast"], ["slurm.partition=fast: no such partition — type slurm.partition= one of gpu, high, low, short"]),
+        (
+            ["slurm.partition=short", "slurm.cpus=6", "slurm.memory=30G"],
+            [
+                "slurm.time=1:00:00: partition short allows 0:30:00 — type slurm.time=0:30:00",
+                "nodes=2: partition short has 1 node with gpu:a10 — type nodes=1",
+                "slurm.cpus=6: 12 cores a node are needed, partition short has 8 — type slurm.cpus=4",
+                "slurm.memory=30G: partition short has 8000 MiB a node — type slurm.memory=8000M",
+            ],
+        ),
+        (["hardware.card=t4", "model.path=nobody/has-it", "model.known_as=llama-3.1-8b"], ["GiB a rank, and the card is 14.6 GiB"]),
+    ],
+)
+def test_what_would_fail_is_refused_on_the_login_node(cluster: Cluster, run: Run, words: list[str], said: list[str]) -> None:
+    refused = cluster.run(sys.executable, "-m", "launcher", *run.words, *words, "--slurm", *TWO_BY_TWO, check=False)
+    assert refused.returncode == 2, refused
+    lines = refused.stderr.splitlines()
+    assert all(any(text in line for line in lines) for text in said), refused.stderr
 
 
 @pytest.fixture(params=["the batch script is warned", "the ranks are warned"])
@@ -114,18 +170,12 @@ def warning(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterrupted: Run, warning: str) -> None:
     via = "srun" if warning == "the batch script is warned" else "deepspeed"
-    job = run.submit("slurm.partition=low", options=(*TWO_BY_TWO, "--via", via))
-    run.until_training()
-    ranks = cluster.ranks()
-    assert len(ranks) == 4
-    cluster.run("kill", "-STOP", *ranks)  # or a quick machine would be done before Slurm has looked
-    assert run.steps < STEPS - 1
-    rival = cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
-    ).stdout.strip()
-    cluster.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", [job, rival])
-    # Where Slurm warns the ranks themselves it sends them SIGCONT too: one may have saved and left by now.
-    cluster.run("kill", "-CONT", *ranks, check=False)
+    job = run.submit("slurm.partition=low", "tracker=wandb", "tracker.mode=offline", options=(*TWO_BY_TWO, "--via", via))
+    with run.held():
+        rival = cluster.run(
+            "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
+        ).stdout.strip()
+        cluster.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", [job, rival])
     seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job, rival])
     assert seen["reason"] == "preempted"
     assert cluster.ended(rival) == "COMPLETED"
@@ -135,6 +185,36 @@ def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterru
     assert status["state"] == "completed" and [start["restart"] for start in status["starts"]] == [0, 1]
     assert 0 < status["starts"][1]["step"] < STEPS, "it began again from nothing"
     assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
+    sent = [path.name.rpartition("-")[2] for path in (run.folders[0] / "wandb").glob("offline-run-*")]
+    assert len(sent) == 2 and set(sent) == {json.loads((run.folders[0] / "wandb.json").read_text())["id"]}, "one W&B run, in two pieces"
+
+
+def test_at_its_time_limit_a_job_submitted_by_hand_goes_back_to_the_queue(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    options = ["--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", f"--output={SHARED}/%j.out"]
+    submitted = cluster.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *run.words, folder=ROOT)
+    run.jobs.append(job := submitted.stdout.strip())
+    with run.held():
+        # Slurm looks every 30 s, and warns those of whose time less than --signal's 120 s, and those 30, are left.
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        cluster.until(lambda: "SIGUSR1: all ranks are asked" in run.printed, [job])
+    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job])
+    assert seen["reason"] == "time limit"
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # or it would be warned again, and again
+    assert cluster.ended(job) == "COMPLETED", cluster.told()
+    assert cluster.job(job)["Restarts"] == "1"
+    assert [start["restart"] for start in run.status["starts"]] == [0, 1] and run.status["starts"][1]["step"] > 0
+    assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+def test_a_job_that_makes_no_progress_in_its_requeues_stops(cluster: Cluster, run: Run) -> None:
+    job = run.submit(*LONG, "slurm.most_idle_requeues=1", options=())
+    cluster.until(lambda: run.status.get("starts"), [job])
+    cluster.run("scontrol", "requeue", job)  # its ranks are not at work yet
+    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job])
+    assert seen["reason"] == "queued again by Slurm or by hand"
+    assert cluster.ended(job) == "FAILED", cluster.told()
+    assert (run.status["state"], run.status["reason"]) == ("failed", "no new checkpoint in 1 requeues (step 0 each time)")
+    assert "this job stops — a smaller train.save_every, or more slurm.signal_s" in run.printed
 
 
 def test_a_rank_that_is_killed_ends_the_job_as_failed(cluster: Cluster, run: Run) -> None:
@@ -147,8 +227,11 @@ def test_a_rank_that_is_killed_ends_the_job_as_failed(cluster: Cluster, run: Run
 
 
 def test_a_sweep_is_an_array(cluster: Cluster, run: Run) -> None:
-    job = run.submit("optim.lr=1e-3,2e-3", options=())
+    job = run.submit("optim.lr=1e-3,2e-3", options=("--throttle", "1"))
+    assert cluster.job(job)["ArrayTaskThrottle"] == "1"
     assert cluster.ended(job) == "COMPLETED", cluster.told()
+    first, second = sorted(cluster.tasks(job), key=lambda task: task["StartTime"])
+    assert first["EndTime"] <= second["StartTime"], "they ran together"
     ended = [json.loads((folder / "status.json").read_text()) for folder in run.folders]
     assert [(one["state"], one["job"]) for one in sorted(ended, key=lambda one: str(one["job"]))] == [
         ("completed", f"{job}_0"),
@@ -167,9 +250,23 @@ def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, run: Run) ->
     assert list((run.folders[0] / "checkpoints").glob("step-*")), "nothing was saved"
 
 
-def test_accelerate_starts_the_same_ranks(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
-    job = run.submit(options=(*TWO_BY_TWO, "--via", "accelerate"))
-    assert cluster.ended(job) == "COMPLETED", cluster.told()
+def test_accelerate_starts_the_same_ranks_from_inside_an_allocation(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    cluster.run("salloc", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", *run.launched_here("--via", "accelerate"))
+    assert run.status["state"] == "completed"
+    assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
+
+
+def test_by_ssh_alone_no_rank_outlives_its_launcher_and_the_same_command_goes_on(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    """The machines of a hostfile, without Slurm; the launcher is killed, as for lack of memory."""
+    cluster.outside(SHARED / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    command = run.launched_here("--hostfile", "hosts")
+    launcher = cluster.start(*command)
+    with run.held():
+        cluster.run("kill", "-KILL", *cluster.launchers())
+        launcher.communicate()
+    cluster.until(lambda: not cluster.ranks(), [], timeout_s=30)
+    assert run.status["state"] == "stopped" and 0 < run.status["step"] < STEPS, run.status
+    cluster.run(*command)
     assert run.status["state"] == "completed"
     assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
 
