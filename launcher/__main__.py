@@ -33,7 +33,7 @@ from launcher.nodes import (
 )
 from launcher.slurm import folder_problems, submit
 from launcher.sweep import outline, plan_trials, run_sweep, trials
-from launcher.watch import free_port, watch
+from launcher.watch import free_port, watch, watch_here
 from tunesmith.compose import compose
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import this_machine
@@ -42,7 +42,7 @@ from tunesmith.run import leave, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Plan, print the command, and unless --dry become it, stay with it (several nodes), or submit it (--slurm)."""
+    """Plan, print the command, and unless --dry start it and stay with it, or submit it (--slurm)."""
     parser = argparse.ArgumentParser(prog="python -m launcher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="ranks on each machine (default: its cards, or 1)")
     parser.add_argument(
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave(run_sweep(planned, partial(on_this_machine, via, ranks)))
     full = on_this_machine(via, ranks, planned[0].words, free_port(29500))
     print(shlex.join(full), flush=True)
-    os.execvp(full[0], full)
+    leave(watch_here(full).code)
 
 
 def take_nodes(asked: argparse.Namespace, words: Sequence[str]) -> list[str]:

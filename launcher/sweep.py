@@ -7,10 +7,8 @@ complete is not run again, and what was stopped goes on.
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from launcher.watch import free_port
+from launcher.watch import Ended, free_port, watch_here
 from tunesmith.compose import CONF, compose, explain
 from tunesmith.config import Config, Refusal
 from tunesmith.doctor.inputs import data_findings
@@ -37,7 +35,6 @@ from tunesmith.run import COMPLETED, FAILED, REFUSED, STOPPED, RunFolder, StopSi
 from tunesmith.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
-POLL_S = 0.2
 Command = Callable[[Sequence[str], int], list[str]]
 """From the words of a trial, and a port, to the command that starts all its ranks."""
 
@@ -160,12 +157,12 @@ class Stop:
     """SIGTERM, SIGINT and SIGUSR1 to a sweep: the trial at work saves and stops, and none follows."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.asked = False
         for number in StopSignal.SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
+        self.asked = True
 
 
 def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
@@ -178,35 +175,10 @@ def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
     before = run.status()
     if before.get("state") == "completed":
         return Outcome("completed", "was complete", held_out_loss(trial))
-    process = subprocess.Popen(command)
-    told = 0
-    while True:
-        try:
-            code = process.wait(POLL_S)
-            break
-        except subprocess.TimeoutExpired:
-            pass
-        if stop.times > told:
-            told = stop.times
-            ask_to_stop(process, run, before)
-    after = run.status()
-    state, why = classified(code, before, after, first_error(run.path))
+    ended = watch_here(command)
+    stop.asked |= bool(ended.signal)
+    state, why = classified(ended, before, run.status(), first_error(run.path))
     return Outcome(state, why, held_out_loss(trial) if state == "completed" else None)
-
-
-def ask_to_stop(process: subprocess.Popen[bytes], run: RunFolder, before: Mapping[str, Any]) -> None:
-    """Let all ranks save and leave: one rank that is told is enough, and no launcher passes SIGUSR1 on.
-
-    A trial that has not begun has nothing to save, and its launcher is ended.
-    """
-    status = run.status()
-    if status.get("state") == "running" and status != before and "pid" in status:
-        try:
-            os.kill(status["pid"], signal.SIGUSR1)
-            return
-        except ProcessLookupError:
-            pass
-    process.terminate()
 
 
 def first_error(run: Path) -> str:
@@ -215,16 +187,16 @@ def first_error(run: Path) -> str:
     return path.read_text("utf-8").rstrip().rpartition("\n")[2] if path.exists() else ""
 
 
-def classified(code: int, before: Mapping[str, Any], after: Mapping[str, Any], first: str = "") -> tuple[str, str]:
-    """(state, why) of a trial by its exit code, its status before and after, and the first rank's error.
+def classified(ended: Ended, before: Mapping[str, Any], after: Mapping[str, Any], first: str = "") -> tuple[str, str]:
+    """(state, why) of a trial by how its ranks' command ended, its status before and after, and the first rank's error.
 
     The status comes before the exit code, which launchers change: torchrun's is 1 whatever a rank leaves with.
     """
-    state = after.get("state")
+    state, code = after.get("state"), ended.code
     if after == before:  # it never came to its run folder
         if code == REFUSED:
             return "refused", "see above"
-        return ("stopped", "before it began") if code in (STOPPED, -signal.SIGTERM) else ("failed", f"exit code {code} before it began")
+        return ("stopped", "before it began") if code == STOPPED or ended.signal else ("failed", f"exit code {code} before it began")
     if state == "completed":
         return "completed", str(after.get("ended", ""))
     if state in ("stopped", "preempted"):
@@ -258,7 +230,7 @@ def run_in_child(config: Config, words: Sequence[str], machine: Machine) -> floa
     trial = Trial(list(words), list(words), make_plan(config, machine, 1), config)
     stop = Stop()
     outcome = run_trial(trial, [sys.executable, str(ROOT / "train.py"), *words], stop)
-    if stop.times:
+    if stop.asked:
         leave(STOPPED)
     if outcome.state != "completed":
         print(f"tunesmith: {trial.said}: {_in_words(outcome)}", file=sys.stderr, flush=True)
@@ -274,7 +246,7 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
     stop = Stop()
     outcomes: list[Outcome] = []
     for number, trial in enumerate(planned, start=1):
-        if stop.times:
+        if stop.asked:
             outcomes.append(Outcome("not started"))
             continue
         full = command(trial.words, free_port(29500))
@@ -288,7 +260,7 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
 def exit_code(outcomes: Sequence[Outcome], stop: Stop) -> int:
     """What a sweep leaves with."""
     states = {outcome.state for outcome in outcomes}
-    if stop.times and states & {"stopped", "not started"}:
+    if stop.asked and states & {"stopped", "not started"}:
         print("tunesmith: the sweep was stopped — the same command goes on")
         return STOPPED
     return COMPLETED if states <= {"completed"} else FAILED

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,15 @@ class Ended:
     lost: str
     """What is known of a rank that failed or a node that is gone; empty: nothing of that kind."""
     tail: str
-    """The last lines on stderr."""
+    """The last lines on stderr; empty where that is a terminal, which the commands get as it is."""
+
+
+HERE = "127.0.0.1"
+
+
+def watch_here(command: Sequence[str]) -> Ended:
+    """`watch` for one command whose ranks are all on this machine."""
+    return watch(lambda environment: ([list(command)], environment), HERE)
 
 
 def watch(prepare: Commands, address: str) -> Ended:
@@ -69,15 +77,14 @@ def watch(prepare: Commands, address: str) -> Ended:
     commands, environment = prepare({**os.environ, VARIABLE: line.place})
     tail: deque[str] = deque(maxlen=TAIL)
     readers = []
+    aside = None if sys.stderr.isatty() else subprocess.PIPE  # what draws on a terminal needs one
     for command in commands:
         # A group of its own: what a terminal or a scheduler sends to this one's group reaches the ranks through the lifeline, once.
-        process = subprocess.Popen(
-            command, env=dict(environment), stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-        )
+        process = subprocess.Popen(command, env=dict(environment), stderr=aside, text=True, errors="replace", start_new_session=True)
         processes.append(process)
-        assert process.stderr
-        readers.append(threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True))
-        readers[-1].start()
+        if process.stderr:
+            readers.append(threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True))
+            readers[-1].start()
     codes = [process.wait() for process in processes]
     for reader in readers:
         reader.join(timeout=GRACE_S)

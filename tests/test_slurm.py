@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
@@ -12,8 +13,8 @@ from signal import SIGTERM, SIGUSR1
 import pytest
 
 from launcher import slurm
-from launcher.job import conclude, idle_requeues, reason_of
-from launcher.nodes import Meeting, deepspeed_env_text, for_pdsh, in_slurm, read_hostfile
+from launcher.job import QUEUED_AGAIN, conclude, idle_requeues, reason_of
+from launcher.nodes import ROOT, Meeting, deepspeed_env_text, for_pdsh, in_slurm, read_hostfile
 from launcher.slurm import Place, cluster_problems, folder_problems, hours_of, limit_problems, read_trial, sbatch_text, trials_text
 from launcher.watch import Ended
 from tunesmith.compose import compose
@@ -82,7 +83,10 @@ def test_words_come_back_from_the_file_of_trials(tmp_path: Path) -> None:
 
 # --- what would fail -----------------------------------------------------------------------------------------------
 
-SINFO = "gpu*|2|gpu:a10:4(S:0-1)|2-00:00:00|up\nold|1|gpu:t4:1|1:00:00|up\ncpu|8|(null)|infinite|up\nbroken|9|gpu:h100:8|infinite|down\n"
+SINFO = (
+    "gpu*|2|gpu:a10:4(S:0-1)|2-00:00:00|up|64|257000\nold|1|gpu:t4:1|1:00:00|up|8|32000\ncpu|8|(null)|infinite|up|32|128000\n"
+    "broken|9|gpu:h100:8|infinite|down|64|257000\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,9 @@ SINFO = "gpu*|2|gpu:a10:4(S:0-1)|2-00:00:00|up\nold|1|gpu:t4:1|1:00:00|up\ncpu|8
         ),
         (["+exp=qlora_t4", "slurm.partition=old"], 1, "slurm.time=24:00:00: partition old allows 1:00:00 — type slurm.time=1:00:00"),
         (["+exp=lora_cpu", "slurm.partition=cpu"], 8, None),
+        (["+exp=full_a10x4", "slurm.cpus=16", "slurm.memory=250G"], 1, None),
+        (["+exp=full_a10x4", "slurm.cpus=20"], 1, "slurm.cpus=20: 80 cores a node are needed, partition gpu has 64 — type slurm.cpus=16"),
+        (["+exp=lora_a10", "slurm.memory=1T"], 1, "slurm.memory=1T: partition gpu has 257000 MiB a node — type slurm.memory=257000M"),
     ],
 )
 def test_what_a_cluster_would_never_give_is_refused(words: list[str], nodes: int, said: str | None) -> None:
@@ -137,6 +144,18 @@ def test_every_way_by_srun_ends_all_ranks_with_the_first_that_fails(via: str) ->
     assert command[-1] == "+exp=lora_cpu"
 
 
+def test_golden_commands_in_a_container() -> None:
+    """The words stand before each rank's program, or before each node's agent, which are the image's own then."""
+    inside = "apptainer exec --nv '/images/my torch.sif'"
+    commands = [
+        in_slurm(via, TWO, ["+exp=lora_a10", "data.system=two words"], container=inside) for via in ("srun", "torchrun", "accelerate")
+    ]
+    golden("slurm_container.txt", "".join(f"{shlex.join(command)}\n" for command in commands).replace(str(ROOT), "/code"))
+    for via in ("deepspeed", "pdsh"):
+        with pytest.raises(Refusal, match=f"with --via {via} deepspeed starts the ranks itself — type --via srun"):
+            slurm.submit([["+exp=lora_a10", f"slurm.container={inside!r}"]], via=via, dry=True)
+
+
 def test_secrets_are_not_sent_over_ssh(tmp_path: Path) -> None:
     env = {
         "PATH": "/bin", "HOME": "/h", "HF_HOME": "/hf", "HF_TOKEN": "s1", "WANDB_API_KEY": "s2", "MLFLOW_TRACKING_PASSWORD": "s3",
@@ -167,6 +186,8 @@ def test_a_hostfile_with_a_mistake_is_refused_by_its_line(tmp_path: Path) -> Non
         ({"JobState": "TIMEOUT"}, Ended(143, SIGTERM, "", ""), "time limit"),
         ({"JobState": "RUNNING"}, Ended(1, 0, "node2 does not answer any more", ""), "node lost"),
         ({"JobState": "RUNNING"}, Ended(1, 0, "", ""), "failed"),
+        ({"JobState": "COMPLETING", "Restarts": "1"}, Ended(143, SIGTERM, "", ""), QUEUED_AGAIN),
+        ({"JobState": "COMPLETING", "Restarts": "0"}, Ended(143, SIGTERM, "", ""), "cancelled"),
     ],
 )
 def test_ends_are_told_apart(job: dict[str, str], ended: Ended, why: str) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from launcher.sweep import Outcome as Ended
-from launcher.sweep import classified, plan_trials, table, trials
+from launcher.sweep import Outcome, classified, plan_trials, table, trials
+from launcher.watch import Ended
 from tests.conftest import ROOT, environment
 from tunesmith.compose import choices, compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import Machine
+from tunesmith.metrics import read_metrics
 
 QUIET = ["engine=accelerate", "eval.before=false", "eval.after=false"]
 SMALL = Machine(kind="cpu", cores=2, ram_gib=16.0)
@@ -93,22 +97,24 @@ def test_all_that_is_wrong_is_said_before_the_first_trial(overrides: list[str], 
         (1, {}, {"state": "running"}, "FloatingPointError: step 2: loss nan", "nan"),
         (1, {}, {"state": "oom", "error": "Refusal: rank 0 ran out of memory in step 1 (forward)"}, "", "oom"),
         (1, {}, {"state": "failed", "error": "KeyError: 'x'"}, "", "failed"),
-        (-9, {}, {"state": "running"}, "", "killed"),
+        (137, {}, {"state": "running"}, "", "killed"),
         (2, {"state": "stopped"}, {"state": "running"}, "", "refused"),
     ],
 )
 def test_how_a_trial_ended(code: int, before: dict[str, Any], after: dict[str, Any], first: str, state: str) -> None:
-    assert classified(code, before, after, first)[0] == state
+    assert classified(Ended(code, 0, "", ""), before, after, first)[0] == state
+    asked = classified(Ended(code, signal.SIGINT, "", ""), before, after, first)[0]
+    assert asked == ("stopped" if before == after and code != 2 else state)
 
 
 def test_the_best_trial_is_the_lowest_loss_of_a_completed_run(overrides: list[str]) -> None:
     planned = plan_trials(trials([*overrides, "train.seed=0,1,2"]), SMALL, 1)
-    ended = [Ended("completed", "", 0.5), Ended("stopped", "at step 4", 0.1), Ended("completed", "", 0.4)]
+    ended = [Outcome("completed", "", 0.5), Outcome("stopped", "at step 4", 0.1), Outcome("completed", "", 0.4)]
     text = table(planned, ended)
     assert "best     trial 3 with dev/loss 0.4000: train.seed=2" in text
     assert "trial 2: stopped, dev/loss 0.1000, at step 4" in text
     assert [line[0] for line in text.splitlines()[1:4]] == [" ", " ", "*"]
-    assert "set data.dev" in table(planned, [Ended("completed")] * 3)
+    assert "set data.dev" in table(planned, [Outcome("completed")] * 3)
 
 
 # --- real ranks ----------------------------------------------------------------------------------------------------
@@ -129,6 +135,58 @@ def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_
     assert "trial 1 of 2: nan" in again.stdout
     assert "trial 2 of 2: completed" in again.stdout and "was complete" in again.stdout
     assert records == {path: path.read_bytes() for path in records}
+
+
+@pytest.mark.launch
+def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_rank(overrides: list[str], tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole foreground group, SIGTERM to the launcher alone, and SIGKILL leaves it no word."""
+    kept = [word for word in overrides if not word.startswith("train.steps=")]
+    words = [*kept, *QUIET, "--ranks", "2", "--via", "torchrun", "train.steps=2,100000,100001"]
+    done: set[bytes] = set()
+    saved = 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(
+            [sys.executable, "-m", "launcher", *words], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        ) as process:  # fmt: skip
+            until(lambda at=saved: trial_at_work(tmp_path / "outputs").get("recorded", 0) > at, process)
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            output = process.communicate(timeout=60)[0]
+        if number != signal.SIGKILL:
+            assert "trial 1 of 3: completed" in output and "not started" in output, output
+        assert process.returncode == (-number if number == signal.SIGKILL else 75), output
+        until(lambda: not ranks_of(tmp_path))
+        stopped = trial_at_work(tmp_path / "outputs")
+        assert stopped["state"] == "stopped" and stopped["step"] > saved, stopped
+        saved = stopped["step"]
+        assert (stopped["path"] / "checkpoints" / f"step-{saved}").is_dir()
+        done.add(b"".join(path.read_bytes() for path in sorted(tmp_path.glob("outputs/*/*/adapter/*.safetensors"))))
+    assert len(done) == 1 and done != {b""}, "the trial that was complete is as it was"
+
+
+def trial_at_work(outputs: Path) -> dict[str, Any]:
+    """Status of the one run that is not complete, with its folder and the updates in its record."""
+    for path in outputs.glob("*/*/status.json"):
+        status: dict[str, Any] = json.loads(path.read_text())
+        if status["state"] != "completed":
+            rows = read_metrics(path.with_name("metrics.jsonl")) if path.with_name("metrics.jsonl").exists() else []
+            return {**status, "path": path.parent, "recorded": rows[-1]["step"] if rows else 0}
+    return {}
+
+
+def ranks_of(folder: Path) -> list[str]:
+    """Processes whose command names this folder."""
+    found = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [row for row in found if f"{folder}/" in row]
+
+
+def until(what: Callable[[], bool], process: subprocess.Popen[str] | None = None, timeout_s: float = 60) -> None:
+    """Wait for something to be so."""
+    end = time.monotonic() + timeout_s
+    while not what():
+        if time.monotonic() > end or (process and process.poll() is not None):
+            pytest.fail(process.communicate()[0] if process and process.poll() is not None else "it did not come")
+        time.sleep(0.1)
 
 
 # --- W&B's sweeps --------------------------------------------------------------------------------------------------

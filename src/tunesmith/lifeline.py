@@ -28,6 +28,7 @@ GRACE_S = 3.0
 CONNECT_S = 20.0
 
 _line: socket.socket | None = None
+_asked = _said = False
 
 
 def hold() -> None:
@@ -51,11 +52,20 @@ def hold() -> None:
     threading.Thread(target=_follow, args=(line,), daemon=True, name="lifeline").start()
 
 
+def asked() -> bool:
+    """Whether the launcher has asked this process to save and stop: it knows why, and says so in the run's status."""
+    return _asked
+
+
 def _follow(line: socket.socket) -> None:
+    global _asked
     word = b"?"
     with suppress(OSError):
         while (word := line.recv(1)) == SAVE:
+            _asked = True
             os.kill(os.getpid(), signal.SIGUSR1)
+    if _said:  # on its way out; the launcher closes the line of whoever has told it so
+        return
     if word != END:  # nobody is left to start this run again, so what is done is saved
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S if word == END else ORPHAN_S)
@@ -64,6 +74,8 @@ def _follow(line: socket.socket) -> None:
 
 def say(code: int) -> None:
     """Tell the launcher how this process ends: its exit code, or AGAIN."""
+    global _said
+    _said = True
     if _line is not None:
         with suppress(OSError):
             _line.sendall(bytes([code]))
@@ -74,7 +86,8 @@ class Lifeline:
 
     def __init__(self, address: str, failed: Callable[[str], None]):
         """`failed` is called once, from a thread, with what is known, when a rank has failed or is lost."""
-        self._door = socket.create_server(("", 0), backlog=1024)
+        inside = address if address.startswith("127.") else ""  # ranks of this machine alone: nobody else needs to come in
+        self._door = socket.create_server((inside, 0), backlog=1024)
         self.place = f"{address}:{self._door.getsockname()[1]}"
         self._failed = failed
         self._lines: set[socket.socket] = set()

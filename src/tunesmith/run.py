@@ -227,7 +227,8 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
         yield folders
     except Stopped as stopped:
         for folder in folders:
-            folder.set_status("preempted" if stopped.by == signal.SIGUSR1 else "stopped", step=stopped.step)
+            preempted = stopped.by == signal.SIGUSR1 and not lifeline.asked()
+            folder.set_status("preempted" if preempted else "stopped", step=stopped.step)
         if world.is_main:
             print(f"tunesmith: {stopped}", file=sys.stderr)
         leave(STOPPED)

@@ -263,8 +263,9 @@ def test_by_ssh_alone_no_rank_outlives_its_launcher_and_the_same_command_goes_on
     launcher = cluster.start(*command)
     with run.held():
         cluster.run("kill", "-KILL", *cluster.launchers())
-        launcher.communicate()
-    cluster.until(lambda: not cluster.ranks(), [], timeout_s=30)
+        launcher.wait()
+    launcher.communicate(timeout=30)  # until whoever wrote there is gone
+    assert not cluster.ranks()
     assert run.status["state"] == "stopped" and 0 < run.status["step"] < STEPS, run.status
     cluster.run(*command)
     assert run.status["state"] == "completed"
