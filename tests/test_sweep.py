@@ -139,15 +139,18 @@ def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_
 
 @pytest.mark.launch
 def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_rank(overrides: list[str], tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole foreground group, SIGTERM to the launcher alone, and SIGKILL leaves it no word."""
-    kept = [word for word in overrides if not word.startswith("train.steps=")]
-    words = [*kept, *QUIET, "--ranks", "2", "--via", "torchrun", "train.steps=2,100000,100001"]
+    """Ctrl-C goes to the whole foreground group, SIGTERM to the launcher alone, and SIGKILL leaves it no word.
+
+    Typed outside of the repository, with a relative path.
+    """
+    kept = [word for word in overrides if not word.startswith(("train.steps=", "outputs="))]
+    words = [*kept, *QUIET, "outputs=outputs", "--ranks", "2", "--via", "torchrun", "train.steps=3,100000,100001"]
     done: set[bytes] = set()
     saved = 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with subprocess.Popen(
-            [sys.executable, "-m", "launcher", *words], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, "-m", "launcher", *words], cwd=tmp_path, env=environment({"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         ) as process:  # fmt: skip
             until(lambda at=saved: trial_at_work(tmp_path / "outputs").get("recorded", 0) > at, process)
             (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
@@ -165,13 +168,12 @@ def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_rank(overrides
 
 
 def trial_at_work(outputs: Path) -> dict[str, Any]:
-    """Status of the one run that is not complete, with its folder and the updates in its record."""
-    for path in outputs.glob("*/*/status.json"):
-        status: dict[str, Any] = json.loads(path.read_text())
-        if status["state"] != "completed":
-            rows = read_metrics(path.with_name("metrics.jsonl")) if path.with_name("metrics.jsonl").exists() else []
-            return {**status, "path": path.parent, "recorded": rows[-1]["step"] if rows else 0}
-    return {}
+    """Status of the one run that is not complete, beside one that is, with its folder and the updates in its record."""
+    if sorted(state == "completed" for state in states(outputs).values()) != [False, True]:
+        return {}
+    (path,) = (path for path in outputs.glob("*/*/") if json.loads((path / "status.json").read_text())["state"] != "completed")
+    rows = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    return {**json.loads((path / "status.json").read_text()), "path": path, "recorded": rows[-1]["step"] if rows else 0}
 
 
 def ranks_of(folder: Path) -> list[str]:
