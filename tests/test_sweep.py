@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.job import newest_step
 from launcher.sweep import Outcome, classified, plan_trials, table, trials
 from launcher.watch import Ended
 from tests.conftest import ROOT, environment
@@ -22,6 +23,8 @@ from tunesmith.compose import choices, compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import Machine
 from tunesmith.metrics import read_metrics
+from tunesmith.run import RunFolder
+from tunesmith.world import World
 
 QUIET = ["engine=accelerate", "eval.before=false", "eval.after=false"]
 SMALL = Machine(kind="cpu", cores=2, ram_gib=16.0)
@@ -162,7 +165,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_done_and_leaves_no_rank(overrides
         stopped = trial_at_work(tmp_path / "outputs")
         assert stopped["state"] == "stopped" and stopped["step"] > saved, stopped
         saved = stopped["step"]
-        assert (stopped["path"] / "checkpoints" / f"step-{saved}").is_dir()
+        assert newest_step(RunFolder(stopped["path"], World())) == saved, "it was not saved"
         done.add(b"".join(path.read_bytes() for path in sorted(tmp_path.glob("outputs/*/*/adapter/*.safetensors"))))
     assert len(done) == 1 and done != {b""}, "the trial that was complete is as it was"
 

@@ -77,7 +77,13 @@ class Run:
         return file.read_text()
 
     def until_training(self) -> None:
-        self.cluster.until(lambda: self.steps >= 2, self.jobs)
+        """Wait for two more steps."""
+        at = self.steps
+        self.cluster.until(lambda: self.steps >= at + 2, self.jobs)
+
+    def until_requeued(self, reason: str) -> None:
+        seen = self.cluster.until(lambda: self.status["state"] == "requeued" and self.status, self.jobs)
+        assert seen["reason"] == reason, seen
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -89,6 +95,23 @@ class Run:
         yield
         # One may have gone on, saved and left by now: Slurm itself sends SIGCONT with SIGTERM.
         self.cluster.run("kill", "-CONT", *ranks, check=False)
+
+    def preempt(self) -> None:
+        """Let a job of a higher partition take the nodes from the last one in mid-run."""
+        rival = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        with self.held():
+            other = self.cluster.run(*rival).stdout.strip()
+            self.cluster.until(lambda: self.cluster.job(self.jobs[-1]).get("PreemptTime", "None") != "None", [*self.jobs, other])
+        self.until_requeued("preempted")
+        assert self.cluster.ended(other) == "COMPLETED"
+
+    def has_gone_on(self, job: str, restarts: int) -> None:
+        """The job was queued again so often, each time with more steps done."""
+        assert self.cluster.job(job)["Restarts"] == str(restarts)
+        status = self.status
+        assert status["state"] == "completed" and [start["restart"] for start in status["starts"]] == list(range(restarts + 1))
+        at = [start["step"] for start in status["starts"]]
+        assert at == sorted({*at, 0}) and at[-1] < STEPS, at
 
 
 @pytest.fixture
@@ -157,61 +180,49 @@ def test_what_would_fail_is_refused_on_the_login_node(cluster: Cluster, run: Run
     assert all(any(text in line for line in lines) for text in said), refused.stderr
 
 
-@pytest.fixture(params=["the batch script is warned", "the ranks are warned"])
-def warning(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whom Slurm signals on preemption: the batch script by SIGUSR1 or, as it does by default, the ranks of srun by SIGTERM."""
+@pytest.fixture
+def ranks_are_warned(cluster: Cluster) -> Iterator[None]:
+    """On preemption Slurm signals the ranks of srun by SIGTERM, as it does by default, and not the batch script by SIGUSR1."""
     told = "\nSlurmctldParameters=preempt_send_user_signal", "\n# SlurmctldParameters=preempt_send_user_signal"
-    if request.param == "the ranks are warned":
-        cluster.configure(*told)
-    yield request.param
-    if request.param == "the ranks are warned":
-        cluster.configure(*reversed(told))
+    cluster.configure(*told)
+    yield
+    cluster.configure(*reversed(told))
 
 
-def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterrupted: Run, warning: str) -> None:
-    via = "srun" if warning == "the batch script is warned" else "deepspeed"
-    job = run.submit("slurm.partition=low", "tracker=wandb", "tracker.mode=offline", options=(*TWO_BY_TWO, "--via", via))
-    with run.held():
-        rival = cluster.run(
-            "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
-        ).stdout.strip()
-        cluster.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", [job, rival])
-    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job, rival])
-    assert seen["reason"] == "preempted"
-    assert cluster.ended(rival) == "COMPLETED"
+@pytest.mark.usefixtures("ranks_are_warned")
+def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    job = run.submit("slurm.partition=low", options=(*TWO_BY_TWO, "--via", "deepspeed"))
+    run.preempt()
     assert cluster.ended(job) == "COMPLETED", cluster.told()
-    assert cluster.job(job)["Restarts"] == "1"
-    status = run.status
-    assert status["state"] == "completed" and [start["restart"] for start in status["starts"]] == [0, 1]
-    assert 0 < status["starts"][1]["step"] < STEPS, "it began again from nothing"
+    run.has_gone_on(job, restarts=1)
     assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
-    sent = [path.name.rpartition("-")[2] for path in (run.folders[0] / "wandb").glob("offline-run-*")]
-    assert len(sent) == 2 and set(sent) == {json.loads((run.folders[0] / "wandb.json").read_text())["id"]}, "one W&B run, in two pieces"
 
 
-def test_at_its_time_limit_a_job_submitted_by_hand_goes_back_to_the_queue(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
-    options = ["--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", f"--output={SHARED}/%j.out"]
-    submitted = cluster.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *run.words, folder=ROOT)
-    run.jobs.append(job := submitted.stdout.strip())
+def test_a_job_by_hand_goes_on_after_its_time_limit_and_after_preemption(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
+    """With slurm/train.sbatch, whose batch script is warned by SIGUSR1, and in one run of W&B."""
+    options = ["--partition=low", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", f"--output={SHARED}/%j.out"]
+    words = [*run.words, "tracker=wandb", "tracker.mode=offline"]
+    job = cluster.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *words, folder=ROOT).stdout.strip()
+    run.jobs.append(job)
     with run.held():
-        # Slurm looks every 30 s, and warns those of whose time less than --signal's 120 s, and those 30, are left.
+        # Slurm looks every 30 s, and warns a job of whose time less than --signal's 120 s, and those 30, are left.
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
         cluster.until(lambda: "SIGUSR1: all ranks are asked" in run.printed, [job])
-    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job])
-    assert seen["reason"] == "time limit"
+    run.until_requeued("time limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # or it would be warned again, and again
+    run.preempt()
     assert cluster.ended(job) == "COMPLETED", cluster.told()
-    assert cluster.job(job)["Restarts"] == "1"
-    assert [start["restart"] for start in run.status["starts"]] == [0, 1] and run.status["starts"][1]["step"] > 0
+    run.has_gone_on(job, restarts=2)
     assert run.losses == pytest.approx(uninterrupted.losses, rel=1e-6)
+    pieces = [path.name.rpartition("-")[2] for path in (run.folders[0] / "wandb").glob("offline-run-*")]
+    assert pieces == [json.loads((run.folders[0] / "wandb.json").read_text())["id"]] * 3
 
 
 def test_a_job_that_makes_no_progress_in_its_requeues_stops(cluster: Cluster, run: Run) -> None:
     job = run.submit(*LONG, "slurm.most_idle_requeues=1", options=())
     cluster.until(lambda: run.status.get("starts"), [job])
     cluster.run("scontrol", "requeue", job)  # its ranks are not at work yet
-    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job])
-    assert seen["reason"] == "queued again by Slurm or by hand"
+    run.until_requeued("queued again by Slurm or by hand")
     assert cluster.ended(job) == "FAILED", cluster.told()
     assert (run.status["state"], run.status["reason"]) == ("failed", "no new checkpoint in 1 requeues (step 0 each time)")
     assert "this job stops — a smaller train.save_every, or more slurm.signal_s" in run.printed
@@ -276,8 +287,7 @@ def test_a_node_that_crashes_sends_the_job_back_to_the_queue(cluster: Cluster, r
     job = run.submit(*LONG, "train.save_every=2")
     run.until_training()
     cluster.crash("node2")
-    seen = cluster.until(lambda: run.status["state"] == "requeued" and run.status, [job])
-    assert seen["reason"] == "node lost", seen
+    run.until_requeued("node lost")
     cluster.switch_on("node2")
     cluster.until(lambda: run.status["state"] == "running" and cluster.job(job)["Restarts"] == "1", [job])
     assert run.status["starts"][1]["step"] >= 1
