@@ -6,6 +6,8 @@ import difflib
 import json
 import os
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
@@ -20,6 +22,7 @@ from launcher.watch import Ended
 from tunesmith.compose import compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import FAKE_MACHINE
+from tunesmith.lifeline import VARIABLE, Lifeline
 from tunesmith.plan import Plan
 from tunesmith.run import FAILED, RunFolder
 from tunesmith.world import World
@@ -173,6 +176,15 @@ def test_a_hostfile_with_a_mistake_is_refused_by_its_line(tmp_path: Path) -> Non
         path.write_text(text)
         with pytest.raises(Refusal, match=said):
             read_hostfile(path)
+
+
+def test_a_rank_that_has_told_its_end_does_not_take_the_answer_for_the_launchers_death() -> None:
+    failed: list[str] = []
+    line = Lifeline("127.0.0.1", failed.append)
+    rank = "import os, time; from tunesmith import lifeline; lifeline.hold(); lifeline.say({0}); time.sleep(0.5); os._exit({0})"
+    for code in (0, 4):
+        assert subprocess.run([sys.executable, "-c", rank.format(code)], env=os.environ | {VARIABLE: line.place}).returncode == code
+    assert len(failed) == 1 and failed[0].endswith("ended with 4")
 
 
 # --- how a job's end is told ---------------------------------------------------------------------------------------

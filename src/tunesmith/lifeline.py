@@ -136,6 +136,7 @@ class Lifeline:
             first, self._over = not self._over, self._over or bool(told)
             if told and first:
                 self._send(END)
+        line.close()
         if told and first:
             self._failed(told)
 

@@ -206,7 +206,8 @@ def test_a_job_by_hand_goes_on_after_its_time_limit_and_after_preemption(cluster
     run.jobs.append(job)
     with run.held():
         # Slurm looks every 30 s, and warns a job of whose time less than --signal's 120 s, and those 30, are left.
-        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        minutes = int(cluster.job(job)["RunTime"].split(":")[1])
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")
         cluster.until(lambda: "SIGUSR1: all ranks are asked" in run.printed, [job])
     run.until_requeued("time limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # or it would be warned again, and again
