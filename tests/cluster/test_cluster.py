@@ -286,7 +286,7 @@ def test_by_ssh_alone_no_rank_outlives_its_launcher_and_the_same_command_goes_on
 
 def test_a_node_that_crashes_sends_the_job_back_to_the_queue(cluster: Cluster, run: Run) -> None:
     job = run.submit(*LONG, "train.save_every=2")
-    run.until_training()
+    cluster.until(lambda: run.folders and list((run.folders[0] / "checkpoints").glob("step-*")), [job])
     cluster.crash("node2")
     run.until_requeued("node lost")
     cluster.switch_on("node2")
