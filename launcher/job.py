@@ -21,7 +21,7 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 
 from launcher.nodes import WAYS, Meeting, deepspeed_env_text, for_pdsh, hostfile_text, in_slurm
-from launcher.slurm import read_trial
+from launcher.slurm import folder_problems, read_trial
 from launcher.watch import Ended, free_port, watch
 from tunesmith.compose import compose
 from tunesmith.config import Config, Refusal
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = read_trial(asked.trials, int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))) if asked.trials else asked.words
         config = compose(words)
         meeting = meeting_of(os.environ)
+        if len(meeting.hosts) > 1 and (found := list(folder_problems(config))):  # a job by hand was not looked at before
+            raise Refusal("\n".join(found))
         run = RunFolder(Path(config.outputs) / config.name / run_id(config), World())
         if run.status().get("state") != "completed":
             begin(run, config, os.environ)

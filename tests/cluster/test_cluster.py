@@ -44,6 +44,12 @@ class Run:
         self.jobs.append(self.cluster.launch([*self.words, *words], *options))
         return self.jobs[-1]
 
+    def submit_by_hand(self, *words: str) -> str:
+        options = ["--partition=low", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", f"--output={SHARED}/%j.out"]
+        command = ["sbatch", "--parsable", *options, "slurm/train.sbatch", *self.words, *words]
+        self.jobs.append(self.cluster.run(*command, folder=ROOT).stdout.strip())
+        return self.jobs[-1]
+
     def launched_here(self, *options: str) -> list[str]:
         """The launcher's command on several machines, without submitting."""
         return [sys.executable, "-m", "launcher", *self.words, "nodes=2", *options]
@@ -180,6 +186,12 @@ def test_what_would_fail_is_refused_on_the_login_node(cluster: Cluster, run: Run
     assert all(any(text in line for line in lines) for text in said), refused.stderr
 
 
+def test_a_job_by_hand_does_not_take_a_nodes_own_folder_for_a_shared_one(cluster: Cluster, run: Run) -> None:
+    job = run.submit_by_hand("outputs=/tmp/outputs")
+    assert cluster.ended(job) == "FAILED" and cluster.job(job)["ExitCode"] == "2:0"
+    assert "outputs=/tmp/outputs: every node has a /tmp of its own" in run.printed
+
+
 @pytest.fixture
 def ranks_are_warned(cluster: Cluster) -> Iterator[None]:
     """On preemption Slurm signals the ranks of srun by SIGTERM, as it does by default, and not the batch script by SIGUSR1."""
@@ -200,10 +212,7 @@ def test_a_preempted_job_goes_on_by_itself(cluster: Cluster, run: Run, uninterru
 
 def test_a_job_by_hand_goes_on_after_its_time_limit_and_after_preemption(cluster: Cluster, run: Run, uninterrupted: Run) -> None:
     """With slurm/train.sbatch, whose batch script is warned by SIGUSR1, and in one run of W&B."""
-    options = ["--partition=low", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:a10:2", f"--output={SHARED}/%j.out"]
-    words = [*run.words, "tracker=wandb", "tracker.mode=offline"]
-    job = cluster.run("sbatch", "--parsable", *options, "slurm/train.sbatch", *words, folder=ROOT).stdout.strip()
-    run.jobs.append(job)
+    job = run.submit_by_hand("tracker=wandb", "tracker.mode=offline")
     with run.held():
         # Slurm looks every 30 s, and warns a job of whose time less than --signal's 120 s, and those 30, are left.
         minutes = int(cluster.job(job)["RunTime"].split(":")[1])
