@@ -375,6 +375,8 @@ class Replayed:
     written: float
     """Bytes of all blocks."""
     operators: int
+    products: int
+    """Matmuls of linear layers and of the head."""
     random: float
     """Numbers drawn for dropout."""
 
@@ -384,4 +386,4 @@ def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> 
     """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
     heap = Heap()
     Step(heap, shape, setting, tokens, targets)
-    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.random)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.products, heap.random)
