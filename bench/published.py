@@ -59,7 +59,7 @@ def rows() -> list[Row]:
         states = sum(held_bytes(llama, config, 1)[name] for name in ("weights", "optimizer"))
         found.append(Row(what, PEFT, gb, llama, setting, 4 * 768, states, 2, False))
     config = _config(0, [])
-    setting = replace(setting_of(llama, config, accumulates=False), joined=False, autocast=False, whole_logits=True, stored=2, ends=2, linear=2)
+    setting = replace(setting_of(llama, config, accumulates=False), autocast=False, whole_logits=True, stored=2, ends=2, linear=2)
     found.append(Row("full, all in bf16 (June 2025)", PEFT, 37.24, llama, setting, 4 * 768, 6 * llama.total_weights, 2, False))
     config = _config(8, ["all-linear"])
     config.method.base, config.engine.checkpointing = Base.nf4, True

@@ -184,9 +184,9 @@ def test_what_is_small_in_fp16_does_not_vanish() -> None:
     half = head.weight.half().double()
     exact = (torch.softmax(x.detach().half().double() @ half.t(), 1) - nn.functional.one_hot(batch.labels, 300)) @ half
     least = error(2.0**12, whole=True)  # what is left of logits that are halves
-    assert float(exact.abs().max()) < 1e-5 and error(1.0, whole=True) > 1.4 * least
+    assert float(exact.abs().max()) < 1e-5 and error(1.0, whole=True) > 1.5 * least
     for scale in (1.0, 65536 / 4000, 2.0**12):
-        assert error(scale, whole=False) < 1.1 * least
+        assert error(scale, whole=False) < 1.35 * least
 
 
 def test_an_infinite_gradient_reaches_the_scaler() -> None:

@@ -331,7 +331,7 @@ class Step(Linears):
 
         def embed(_: list[Block]) -> Gradients:
             grown = self.block(table, "gradients")
-            if self.waiting and not setting.autocast:
+            if self.waiting and setting.whole_logits and not setting.autocast:
                 grown = self.block(table, "gradients")  # the head's is a view: added up out of place
             self.waiting = None
             self.keep(grown)
