@@ -63,6 +63,9 @@ def test_what_is_no_plain_product_stays_as_it_is(onednn: None) -> None:
     torch.manual_seed(0)
     added, left, right = torch.randn(128, 160), torch.randn(128, 160), torch.randn(160, 160)
     assert torch.allclose(torch.addmm(added, left, right, beta=0.5, alpha=2.0), 0.5 * added + 2 * (left @ right), rtol=1e-4, atol=1e-4)
+    filled = torch.zeros(128, 160)
+    assert torch.mm(left, right, out=filled) is filled and torch.equal(filled, left @ right)
+    assert torch.mm(left[:1], right[:, :8], out=filled.new_empty(1, 8)).shape == (1, 8)
     with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(128x160 and 128x160\)"):
         left @ added
     assert (torch.randn(0, 160) @ right).shape == (0, 160)

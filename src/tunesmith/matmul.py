@@ -50,7 +50,7 @@ def take_onednn() -> None:
 
     if _taken:
         return
-    mm, addmm = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "addmm"))
+    mm, mm_out, addmm = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm"))
 
     def suits(left: torch.Tensor, right: torch.Tensor) -> bool:
         (rows, inner), (same, columns) = left.shape, right.shape
@@ -58,6 +58,11 @@ def take_onednn() -> None:
 
     def product(keys: Any, left: torch.Tensor, right: torch.Tensor) -> Any:
         return by_onednn(left, right) if suits(left, right) else mm.call_boxed(keys, left, right)
+
+    def product_into(keys: Any, left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> Any:
+        if out.dtype is torch.float32 and suits(left, right):
+            return out.resize_(left.shape[0], right.shape[1]).copy_(by_onednn(left, right))
+        return mm_out.call_boxed(keys, left, right, out=out)
 
     def biased(keys: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
         is_bias = added.shape == right.shape[1:] and added.dtype is torch.float32 and beta == alpha == 1
@@ -69,6 +74,7 @@ def take_onednn() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that a kernel is replaced is what is meant
         library.impl("mm", product, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
+        library.impl("mm.out", product_into, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
         library.impl("addmm", biased, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
     _taken.append(library)  # kernels live as long as it
 

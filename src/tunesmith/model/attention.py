@@ -97,7 +97,7 @@ def ragged_attention(
     if shared > 1 and not grouped:
         k, v, first_k, first_v = (x.repeat_interleave(shared, dim=1) for x in (k, v, first_k, first_v))
     done, sizes = [], [box.stop - box.start for box in ragged]
-    for box, *parts in zip(ragged, *(x.split(sizes) for x in (q, k, v)), strict=True):
+    for box, *parts in zip(ragged, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
         box_q, box_k, box_v = (_fill(part, box) for part in parts)
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]

@@ -152,7 +152,7 @@ def _added(total: torch.Tensor | None, gradient: torch.Tensor, part: torch.Tenso
 def measure_at_head(model: Any) -> None:
     """Let a model's output head answer with losses where it is asked for them; its weights and names stay as they are."""
     head = inner_model(model).get_output_embeddings()
-    parts = [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
+    parts: list[Any] = [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
     for part in parts:
         if type(part) is nn.Linear:
             part.forward = MethodType(_forward, part)

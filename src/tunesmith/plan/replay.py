@@ -372,6 +372,7 @@ class Step(Linears):
             part = self.block(inner * bytes if bytes != x.bytes else 0)
             self.heap.written += 3 * min(piece, rows - start) * shape.vocab * 4  # in place: less the highest, exp, and that scaled
             self.heap.blocks += 12
+            self.heap.products += 1 + (x.node is not None) + trained
             if trained:
                 wide = self.block(inner * 4)
                 part = self.block(inner * bytes if bytes < 4 else 0)
