@@ -155,7 +155,7 @@ def measure_at_head(model: Any) -> None:
     parts: list[Any] = [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
     for part in parts:
         if type(part) is nn.Linear:
-            part.forward = MethodType(_forward, part)
+            part.forward = MethodType(_forward, part)  # type: ignore[method-assign]
 
 
 def _forward(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:
