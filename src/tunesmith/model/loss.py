@@ -75,9 +75,7 @@ class _Summed(torch.autograd.Function):
     """The sum of the losses, [1] in fp32, of hidden states [positions, width] by a head's weight [vocabulary, width]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool) -> torch.Tensor:
         batch, smoothing, device = targets.batch, targets.smoothing, x.device
         wants_x, wants_weight = (recorded and wanted for wanted in ctx.needs_input_grad[:2])
         rows = torch.arange(len(x)) if batch.rows is None else batch.rows  # they ascend
