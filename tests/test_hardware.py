@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -233,6 +234,21 @@ def test_a_bad_stand_in_is_explained(monkeypatch: pytest.MonkeyPatch, text: str)
     example = str(refusal.value).rpartition("for example ")[2]
     monkeypatch.setenv(FAKE_MACHINE, example)
     assert this_machine().device_names == ("Tesla T4",)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="that memory is kept is told to glibc")
+@pytest.mark.parametrize(("on_cpu", "pages"), [(False, 16384), (True, 0)])
+def test_on_a_cpu_freed_memory_is_taken_again(on_cpu: bool, pages: int) -> None:
+    code = f"""if True:
+        from resource import RUSAGE_SELF, getrusage
+        from tunesmith.hardware import prepare_environment
+        prepare_environment(on_cpu={on_cpu})
+        for _ in range(2):
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            b"x" * (1 << 26)
+        print(getrusage(RUSAGE_SELF).ru_minflt - before)"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert abs(faults - pages) < 100, "64 MiB are 16,384 pages, each cleared by the system when it is first written to"
 
 
 # --- peaks ---------------------------------------------------------------------------------------------------------
