@@ -22,7 +22,7 @@ import torch
 
 from bench.memory import Case, batch_of, grid, model_in
 from tunesmith.config import Compute
-from tunesmith.hardware import Overheads, measure_peak, overheads, take_faster_matmul, this_machine
+from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
 from tunesmith.plan import step_flops, trained_weights
 from tunesmith.plan.memory import setting_of
 from tunesmith.plan.pace import READS, speed_of, step_seconds
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
     asked = parser.parse_args()
+    prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
     peaks = {compute: measure_peak(compute.value, "cpu", threads)[0] for compute in (Compute.fp32, Compute.bf16)}
     cpu = overheads(this_machine(), threads)

@@ -22,7 +22,7 @@ import torch
 from bench.memory import Case, batch_of, model_in
 from bench.pace import flops
 from tunesmith.config import Compute
-from tunesmith.hardware import measure_peak, take_faster_matmul
+from tunesmith.hardware import measure_peak, prepare_environment, take_faster_matmul
 from tunesmith.plan.shapes import ModelShape
 
 SHAPES = {

@@ -164,9 +164,9 @@ def prepare_environment(on_cpu: bool) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor: by itself it gives large blocks back, and the system clears each page of a new one.
+    """Have glibc keep what is freed for the next tensor: it would give large blocks back, and the system clears each page of new ones.
 
-    7 % of a step on a CPU, for at most a few percent of memory (docs/log.md). Another C library, or an allocator put in front, is left alone.
+    7 % of a step on a CPU, for at most a few percent of memory (docs/log.md). Other C libraries and allocators are left alone.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX: no block of its own mapping; M_TRIM_THRESHOLD: free bytes at the end that are kept
