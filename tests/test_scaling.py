@@ -20,7 +20,7 @@ from launcher import slurm
 from launcher.nodes import ROOT, WAYS, Meeting, by_ssh, deepspeed_env_text, for_pdsh, hostfile_text, in_slurm
 from tests.test_plan import A10S, FULL, LORA, ON_A10, config_of
 from tests.test_slurm import PLACE, golden
-from tunesmith.config import Batching, Compute, EngineKind
+from tunesmith.config import Batching, EngineKind
 from tunesmith.data.batches import Batches
 from tunesmith.data.examples import Example, Examples, ListedExamples
 from tunesmith.hardware import FAKE_MACHINE
@@ -207,22 +207,27 @@ def test_overlap_hides_no_more_than_there_is() -> None:
                     assert found.card_s(network) > 64 * found.own_s / scaling.STEP
 
 
+def room(run: wire.Run) -> float:
+    """Losses and norms travel too, some kB; and a weight stays gathered whole or not at all, of 400,000 numbers here."""
+    return 0.005 if run.reused == REUSED else 0.04
+
+
 def test_what_was_measured_is_what_is_predicted_now() -> None:
     """The page's measured bytes, of a run long ago, against today's prediction; every run is there with 2 ranks and with 4."""
     rows = [row.strip("| ").split(" | ") for row in scaling.marked(PAGE)["measured"].splitlines()[2:]]
     assert [row[0] for row in rows] == list(map(str, wire.runs()))
     for run, row in zip(wire.runs(), rows, strict=True):
         for ranks, measured in zip((2, 4), row[2::2], strict=True):
-            assert float(measured) * 1e6 == pytest.approx(wire.on_gloo(run.predicted(ranks)), rel=0.02), run
+            assert float(measured) * 1e6 == pytest.approx(wire.on_gloo(run.predicted(ranks)), rel=room(run)), run
 
 
 @pytest.mark.launch
 def test_real_ranks_send_what_is_predicted() -> None:
-    """DDP, FSDP2, and ZeRO 1 to 3 with three micro-batches a step: every byte of gloo's connections, as the kernel counts them."""
-    full = [
-        number for number, run in enumerate(wire.runs()) if run.compute is Compute.bf16 and run.accumulation == 3 and run.engine != "ZeRO 0"
-    ]
-    found = wire.measured(2, full)
-    assert {run.engine for run, _ in found} == wire.ENGINES.keys() - {"ZeRO 0"}
+    """Every engine in bf16 with three micro-batches a step: each byte of gloo's connections, as the kernel counts them."""
+    full = {run.engine: run for run in wire.runs() if run.kind is FULL and run.accumulation == 3 and run.reused == REUSED and not run.checkpointing}
+    large = next(run for run in wire.runs() if run.reused < REUSED)
+    chosen = [wire.runs().index(run) for run in (*full.values(), large)]
+    found = wire.measured(2, chosen)
+    assert [run for run, _ in found] == [*full.values(), large] and full.keys() == wire.ENGINES.keys()
     for run, said in found:
-        assert max(said) == pytest.approx(wire.on_gloo(run.predicted(2)), rel=0.02), run
+        assert max(said) == pytest.approx(wire.on_gloo(run.predicted(2)), rel=room(run)), run
