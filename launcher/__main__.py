@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     if len(planned) > 1:
         leave(run_sweep(planned, partial(on_this_machine, via, ranks)))
-    full = on_this_machine(via, ranks, planned[0].words, free_port(29500))
+    # Several agents on one machine begin at the same time: each looks from a place of its own, below those that the system gives away.
+    first = 29500 + (os.getpid() % 3000 if opened_by_agent() else 0)
+    full = on_this_machine(via, ranks, planned[0].words, free_port(first))
     print(shlex.join(full), flush=True)
     if opened_by_agent():
         leave(run_for_agent(planned[0], full))

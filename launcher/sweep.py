@@ -257,12 +257,12 @@ def held_out_losses(run: Path) -> list[float]:
 def run_in_child(config: Config, words: Sequence[str], machine: Machine) -> float:
     """A trial of `train.py -m`, with one rank in a process of its own; its held-out loss, nan if it has none, for Hydra's sweepers.
 
-    Raises TrialFailed, and ends the whole sweep with 75 if it was stopped (a job of submitit's is one trial); Refusal if the plan says no.
+    Raises TrialFailed, and ends the whole sweep with 75 if it was stopped; Refusal if the plan says no.
     """
     trial = Trial(list(words), list(words), make_plan(config, machine, 1), config)
     stop = Stop()
     outcome = run_trial(trial, [sys.executable, str(ROOT / "train.py"), *words], stop)
-    if stop.times and "SUBMITIT_EXECUTOR" not in os.environ:
+    if stop.times:
         leave(STOPPED)
     if outcome.state != "completed":
         print(f"tunesmith: {trial.said}: {_in_words(outcome)}", file=sys.stderr, flush=True)

