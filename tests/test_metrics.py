@@ -394,7 +394,7 @@ from tunesmith.metrics.sinks import WandbSink, open_sinks
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 
-run, mode, go_on = Path(sys.argv[1]), TrackerMode[sys.argv[2]], Path(sys.argv[5])
+run, mode, go_on, first = Path(sys.argv[1]), TrackerMode[sys.argv[2]], Path(sys.argv[5]), int(sys.argv[6])
 init_timeout_s, WandbSink.CLOSE_S = float(sys.argv[3]), float(sys.argv[4])
 run.mkdir(exist_ok=True)
 config = Config(name="demo", tracker=Tracker(TrackerKind.wandb, mode, init_timeout_s=init_timeout_s))
@@ -402,7 +402,7 @@ config.model.path, config.data.train = "models/tiny", "train.json"
 start, logged = time.perf_counter(), []
 with open_sinks(config, RunFolder(run, World()), 5, 0) as sinks:
     opened = time.perf_counter() - start
-    for step in range(1, 6):
+    for step in range(first, first + 5):
         before = time.perf_counter()
         sinks.log(step, {"train/loss": 1 / step})
         logged.append(time.perf_counter() - before)
@@ -415,11 +415,11 @@ print(json.dumps({"open_s": opened, "log_s": sorted(logged), "close_s": time.per
 
 
 def trainer(
-    run: Path, mode: str = "online", init_timeout_s: float = 1.0, close_s: float = 20.0, go_on: Path = ROOT, **extra: str
+    run: Path, mode: str = "online", init_timeout_s: float = 1.0, close_s: float = 20.0, go_on: Path = ROOT, first: int = 1, **extra: str
 ) -> subprocess.Popen[str]:
-    """A process that logs five steps to W&B as a training does, and ends once the file `go_on` is there."""
+    """A process that logs five steps, from `first` on, to W&B as a training does, and ends once the file `go_on` is there."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(init_timeout_s), str(close_s), str(go_on)],
+        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(init_timeout_s), str(close_s), str(go_on), str(first)],
         cwd=run.parent, env=environment(extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -492,15 +492,21 @@ def test_a_server_that_dies_under_way(server: WandbServer, tmp_path: Path) -> No
 
 
 def test_a_server_that_works(server: WandbServer, tmp_path: Path) -> None:
+    """And a run that goes on later is the same run to it, with only what is new."""
     process = trainer(tmp_path / "run", init_timeout_s=15.0, **server.environment)
     said = check(process, tmp_path / "run", close_s=20)
     assert "offline" not in said
     assert records(tmp_path / "run") == []
     (rows,) = records(tmp_path / "run", kind="run")
     assert losses(rows) == EXPECTED
-    sent = [json.loads(request.partition(" ")[2]) for request in server.seen if "/file_stream " in request]
-    lines = [json.loads(line) for part in sent for line in part.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])]
-    assert {line["_step"]: line["train/loss"] for line in lines} == EXPECTED
+    ((name, run),) = server.runs.items()
+    assert {line["_step"]: line["train/loss"] for line in run.lines} == EXPECTED
+    again = trainer(tmp_path / "run", init_timeout_s=15.0, first=6, **server.environment)
+    _, err = again.communicate(timeout=40)
+    assert again.returncode == 0, err
+    assert list(server.runs) == [name] and server.opened(name) == 2
+    assert [line["_step"] for line in run.lines] == list(range(1, 11))
+    assert run.exit_codes == [0, 0] and run.summary["test/slot_f1"] == 0.9
 
 
 def test_a_killed_training_loses_nothing(tmp_path: Path) -> None:
