@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -33,11 +34,12 @@ from launcher.nodes import (
     read_hostfile,
 )
 from launcher.slurm import folder_problems, submit
-from launcher.sweep import outline, plan_trials, run_sweep, trials
-from launcher.watch import free_port, watch
+from launcher.sweep import Trial, outline, plan_trials, run_sweep, trials
+from launcher.watch import Ended, free_port, watch
 from tunesmith.compose import compose
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import this_machine
+from tunesmith.metrics import opened_by_agent
 from tunesmith.plan import describe, make_plan
 from tunesmith.run import leave, refuse
 
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         several = trials(words)
         if len(several) > 1 and (asked.hostfile or asked.nodes > 1 or asked.via == "srun"):
             raise Refusal(f"{len(several)} trials: a sweep runs on this machine or by --slurm — type --slurm, or one trial's words")
+        if len(several) > 1 and opened_by_agent():
+            raise Refusal(f"{len(several)} trials for the one run that W&B's agent has opened — one value a parameter, lists in brackets")
         if asked.hostfile:
             sys.exit(on_hosts(asked, words))
         if asked.nodes > 1 or asked.via == "srun":
@@ -88,9 +92,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     if len(planned) > 1:
         leave(run_sweep(planned, partial(on_this_machine, via, ranks)))
-    full = on_this_machine(via, ranks, planned[0].words, free_port(29500))
+    # Several agents on one machine begin at the same time: each looks from a place of its own, below those that the system gives away.
+    first = 29500 + (os.getpid() % 3000 if opened_by_agent() else 0)
+    full = on_this_machine(via, ranks, planned[0].words, free_port(first))
     print(shlex.join(full), flush=True)
+    if opened_by_agent():
+        leave(run_for_agent(planned[0], full))
     os.execvp(full[0], full)
+
+
+def run_for_agent(trial: Trial, command: list[str]) -> int:
+    """Run a trial for the agent of a W&B sweep and return its exit code; a trial that the agent stops ends this process by a signal.
+
+    The agent stops, and after a while kills, the process that it has started, and that one alone. deepspeed in this place would give ranks
+    half a minute to save, and killed it would leave them behind: through the lifeline they have the time they need, and end with this one.
+    """
+    ended = watch(lambda env: ([command], env), "127.0.0.1", keep_tail=False)
+    if ended.signal not in (0, signal.SIGUSR1) and trial.run.status().get("state") == "preempted":  # a request to save has one form
+        trial.run.set_status("stopped")
+    return code_for_agent(ended)
+
+
+def code_for_agent(ended: Ended) -> int:
+    """The exit code of ranks that have ended, but under a W&B agent what was stopped ends this process by the signal that asked for it.
+
+    The agent takes any code above 0 for a failure: after 3 in its first minute, or 5 and no success, it starts no more trials.
+    """
+    if ended.code and ended.signal and opened_by_agent():
+        signal.signal(ended.signal, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.signal)
+    return ended.code
 
 
 def take_nodes(asked: argparse.Namespace, words: Sequence[str]) -> list[str]:
@@ -128,7 +159,7 @@ def on_hosts(asked: argparse.Namespace, words: Sequence[str]) -> int:
         if asked.dry:
             prepare(os.environ)
             return 0
-        return watch(prepare, socket.gethostname()).code
+        return code_for_agent(watch(prepare, socket.gethostname()))
 
 
 def inside_job(asked: argparse.Namespace, words: Sequence[str]) -> int:

@@ -186,6 +186,10 @@ def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
             break
         except subprocess.TimeoutExpired:
             pass
+        except BaseException:  # how submitit ends a job that is preempted or out of time, from its handler of a signal
+            ask_to_stop(process, run, before)
+            process.wait()
+            raise
         if stop.times > told:
             told = stop.times
             ask_to_stop(process, run, before)
