@@ -288,8 +288,13 @@ class Curve:
     def __init__(self, run: Path, trial: optuna.Trial, prune: bool):
         self._run, self._trial, self._prune = run, trial, prune
         self._size = 0
-        self._told = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        self._told = set(known)
         self._why = ""
+        if (
+            prune and known and (last := max(known)) < WHOLE and trial.should_prune()
+        ):  # it had fallen behind before this command was stopped
+            self._why = f"{last / WHOLE:.0%} of the way: dev/loss {known[last]:.4f} is not in the best third"
 
     def look(self) -> str:
         """Tell Optuna what is new; why the run is not worth going on with, empty if it is."""
@@ -368,8 +373,9 @@ def _run(search: Checked, study: Study, proposed: optuna.Trial, command: Command
         return Outcome("refused", "; ".join(str(refusal).splitlines()))
     run, curve = trial.run, Curve(trial.run.path, proposed, search.asked.prune)
     over = run.status().get("state") == "completed" or is_locked(run.path)
-    if not over and (why := curve.look()):  # it had fallen behind before this command was stopped
+    if not over and (why := curve.look()):
         print(f"\n{head}", flush=True)
+        _link(search.folder / str(number), run.path)
         return pruned_at(trial, why)
     full = command(trial.words, free_port(29500 + 20 * slot))
     extra = cards_of(slot, len(search.machine.device_names)) if beside else {}
@@ -378,8 +384,7 @@ def _run(search: Checked, study: Study, proposed: optuna.Trial, command: Command
         print(f"\n{head}\n{shlex.join(full)}{f' >> {output.name}' if output else ''}", flush=True)
         outcome = run_trial(trial, full, stop, hopeless=curve.look, extra=extra, output=output)
     curve.look()
-    if run.path.is_dir():
-        _link(search.folder / str(number), run.path)
+    _link(search.folder / str(number), run.path)
     if outcome.state == "completed" and (outcome.loss is None or not math.isfinite(outcome.loss)):
         return Outcome("nan", f"held-out loss {outcome.loss}")
     return outcome
@@ -394,7 +399,7 @@ def cards_of(slot: int, each: int) -> dict[str, str]:
 
 def _link(link: Path, run: Path) -> None:
     """Name a run by its trial's number in the search's folder, so that all of them can be named by that."""
-    if not link.is_symlink():
+    if run.is_dir() and not link.is_symlink():
         link.symlink_to(os.path.relpath(run, link.parent))
 
 
@@ -410,8 +415,8 @@ def exit_code(outcomes: Sequence[Outcome | None], of: int, stop: Stop) -> int:
 def table(search: Checked, tried: Mapping[tuple[str, ...], Outcome | None]) -> str:
     """What became of each trial, the best first, and what to type with the best."""
     numbered = [(number, changed, one or Outcome("not started")) for number, (changed, one) in enumerate(tried.items(), start=1)]
-    order = ["completed", "pruned"]
-    numbered.sort(key=lambda row: (order.index(row[2].state) if row[2].state in order else len(order), row[2].loss or math.inf, row[0]))
+    place = {"completed": 0, "pruned": 1}
+    numbered.sort(key=lambda row: (place.get(row[2].state, 2), math.inf if row[2].loss is None else row[2].loss, row[0]))
     width = max(5, *(len(" ".join(changed)) for _, changed, _ in numbered)) if numbered else 5
     lines = [f"{'trial':>5}  {'':{width}}  {'dev/loss':>9}  {'state':13}  run"]
     for number, changed, one in numbered:
@@ -425,9 +430,11 @@ def table(search: Checked, tried: Mapping[tuple[str, ...], Outcome | None]) -> s
         number, changed, one = numbered[0]
         values = dict(word.split("=", 1) for word in changed)
         words = [f"{word}={values[word]}" if word in values else word for word in search.space.words]
+        seeds = [word for word in words if not word.startswith("train.seed=")] + ["train.seed=1,2,3"]
+        ranks = ["--ranks", str(search.ranks)] if search.ranks > 1 else []
         lines += [
             f"best     trial {number} with dev/loss {one.loss:.4f}: {' '.join(changed)}",
-            f"type     {shlex.join(['python', '-m', 'launcher', *words, 'train.seed=1,2,3'])}   # how much of it is chance",
+            f"type     {shlex.join(['python', '-m', 'launcher', *seeds, *ranks])}   # how much of it is chance",
             f"compare  tunesmith compare {search.folder} --html search.html   # curves, and which settings mattered",
         ]
     return "\n".join(lines)

@@ -273,10 +273,10 @@ def test_the_table_has_the_best_first_and_what_to_type(overrides: list[str], mon
 
 @pytest.mark.launch
 def test_a_search_that_is_stopped_goes_on_prunes_what_falls_behind_and_runs_nothing_twice(overrides: list[str], tmp_path: Path) -> None:
-    """Three trials: a good one, one that diverges at once, one that learns nothing. With the second, SIGTERM comes."""
+    """Three trials, in the order that this seed gives: a good one, one that diverges at once, one that learns nothing. SIGTERM comes with the second."""
     words = [
         *overrides, "engine=accelerate", "eval.before=false", "eval.after=false", "train.steps=180", "train.eval_every=20", "optim.warmup_steps=0",
-        "optim.lr=choice(1e-8,1e-2,1e30)", "method.r=2,4", "--search", "3", "--seed", "0", "--via", "python",
+        "optim.lr=choice(1e-8,1e-2,1e30)", "method.r=2,4", "--search", "3", "--seed", "26", "--via", "python",
     ]  # fmt: skip
     full = [sys.executable, "-m", "launcher", *words]
     first = subprocess.Popen(full, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
