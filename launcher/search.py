@@ -15,7 +15,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from launcher.space import Space, space_of
-from launcher.sweep import Outcome, Stop, Trial, in_words, plan_trials, pruned_at, run_trial
+from launcher.sweep import POLL_S, Outcome, Stop, Trial, in_words, plan_trials, pruned_at, run_trial
 from launcher.watch import free_port
 from tunesmith.compare.runs import is_locked
 from tunesmith.config import Config, Refusal
@@ -356,6 +356,8 @@ def run_search(search: Checked, command: Command) -> int:
 
         with ThreadPoolExecutor(asked.parallel) as pool:
             working = [pool.submit(work) for _ in range(asked.parallel)]
+            while wait(working, POLL_S).not_done:  # a signal that another thread takes is seen here, and nowhere if this one slept on
+                pass
             for one in working:
                 one.result()
         print(f"\n{table(search, study.tried)}", flush=True)
