@@ -7,14 +7,16 @@ complete is not run again, and what was stopped goes on.
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -23,11 +25,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from launcher.watch import Ended, free_port, watch_here
+from launcher.watch import HERE, free_port
 from tunesmith.compose import CONF, compose, explain
 from tunesmith.config import Config, Refusal
 from tunesmith.doctor.inputs import data_findings
 from tunesmith.hardware import Machine
+from tunesmith.lifeline import VARIABLE, Lifeline
 from tunesmith.metrics import read_metrics
 from tunesmith.plan import Plan, make_plan
 from tunesmith.records import read_json
@@ -35,6 +38,7 @@ from tunesmith.run import COMPLETED, FAILED, REFUSED, STOPPED, RunFolder, StopSi
 from tunesmith.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
+POLL_S = 0.2
 Command = Callable[[Sequence[str], int], list[str]]
 """From the words of a trial, and a port, to the command that starts all its ranks."""
 
@@ -65,10 +69,10 @@ class Outcome:
     """How a trial ended."""
 
     state: str
-    """completed, stopped, refused, oom, nan, killed, failed, or not started."""
+    """completed, pruned (of a search), stopped, refused, oom, nan, killed, failed, or not started."""
     why: str = ""
     loss: float | None = None
-    """Held-out loss of a completed run's result, nats a target token."""
+    """Held-out loss of a completed run's result, or of a pruned one where it was stopped, nats a target token."""
 
 
 # --- from words to trials ------------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ def trials(words: Sequence[str]) -> list[list[str]]:
     """
     overrides = parsed(words)
     if endless := [str(one.input_line) for one in overrides if one.is_sweep_override() and not one.is_discrete_sweep()]:
-        raise Refusal(f"override {endless[0]}: an interval has no end of values — type the values, a,b,c, or range(1,4)")
+        raise Refusal(f"override {endless[0]}: an interval has no end of values — type the values, a,b,c, or range(1,4), or --search 20")
     if not any(one.is_sweep_override() for one in overrides):
         return [list(words)]
     (found,) = BasicSweeper.split_arguments(overrides, None)
@@ -157,17 +161,27 @@ class Stop:
     """SIGTERM, SIGINT and SIGUSR1 to a sweep: the trial at work saves and stops, and none follows."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.times = 0
         for number in StopSignal.SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.times += 1
 
 
-def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
+def run_trial(
+    trial: Trial,
+    command: Sequence[str],
+    stop: Stop,
+    *,
+    hopeless: Callable[[], str] = lambda: "",
+    extra: Mapping[str, str] | None = None,
+    output: IO[str] | None = None,
+) -> Outcome:
     """Start a trial's ranks in processes of their own, wait for their end and say what became of it.
 
+    hopeless: asked again and again, says why the trial is not worth going on with (empty: it is); the trial then saves and stops as it
+    would for anybody, and its status says why. extra: environment variables; output: where what the ranks say goes (None: here).
     In processes of its own nothing of one trial is left for the next: process group, a library's state, a card's memory; and a trial that
     dies takes none along.
     """
@@ -175,10 +189,38 @@ def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
     before = run.status()
     if before.get("state") == "completed":
         return Outcome("completed", "was complete", held_out_loss(trial))
-    ended = watch_here(command)
-    stop.asked |= bool(ended.signal)
-    state, why = classified(ended, before, run.status(), first_error(run.path))
+    line = Lifeline(HERE, lambda lost: None)  # which ends the other ranks, and with them their launcher
+    env = {**os.environ, **(extra or {}), VARIABLE: line.place}
+    # A group of its own: Ctrl-C reaches the ranks through the lifeline, once.
+    process = subprocess.Popen(command, env=env, stdout=output, stderr=output and subprocess.STDOUT, start_new_session=True)
+    told, pruned = 0, ""
+    while True:
+        try:
+            code = process.wait(POLL_S)
+            break
+        except subprocess.TimeoutExpired:
+            pass
+        except BaseException:  # how submitit ends a job that is preempted or out of time, from its handler of a signal
+            line.save_and_stop()
+            process.wait()
+            raise
+        if stop.times > told:
+            line.end() if told else line.save_and_stop()
+            told = stop.times
+        elif not pruned and not told and (pruned := hopeless()):
+            line.save_and_stop()
+    line.end()
+    state, why = classified(code, before, run.status(), first_error(run.path), asked=bool(told))
+    if pruned and state in ("stopped", "killed"):  # with its training done it leaves at once, and a launcher may call that what it likes
+        return pruned_at(trial, pruned)
     return Outcome(state, why, held_out_loss(trial) if state == "completed" else None)
+
+
+def pruned_at(trial: Trial, why: str) -> Outcome:
+    """A trial that was stopped because it is not worth going on with; its run says so to whoever looks at it later."""
+    trial.run.set_status("stopped", reason=f"pruned: {why}")
+    losses = held_out_losses(trial.run.path)
+    return Outcome("pruned", why, losses[-1] if losses else None)
 
 
 def first_error(run: Path) -> str:
@@ -187,16 +229,18 @@ def first_error(run: Path) -> str:
     return path.read_text("utf-8").rstrip().rpartition("\n")[2] if path.exists() else ""
 
 
-def classified(ended: Ended, before: Mapping[str, Any], after: Mapping[str, Any], first: str = "") -> tuple[str, str]:
-    """(state, why) of a trial by how its ranks' command ended, its status before and after, and the first rank's error.
+def classified(
+    code: int, before: Mapping[str, Any], after: Mapping[str, Any], first: str = "", *, asked: bool = False
+) -> tuple[str, str]:
+    """(state, why) of a trial by its exit code, its status before and after, the first rank's error, and whether it was asked to stop.
 
     The status comes before the exit code, which launchers change: torchrun's is 1 whatever a rank leaves with.
     """
-    state, code = after.get("state"), ended.code
+    state = after.get("state")
     if after == before:  # it never came to its run folder
         if code == REFUSED:
             return "refused", "see above"
-        return ("stopped", "before it began") if code == STOPPED or ended.signal else ("failed", f"exit code {code} before it began")
+        return ("stopped", "before it began") if asked or code == STOPPED else ("failed", f"exit code {code} before it began")
     if state == "completed":
         return "completed", str(after.get("ended", ""))
     if state in ("stopped", "preempted"):
@@ -230,11 +274,11 @@ def run_in_child(config: Config, words: Sequence[str], machine: Machine) -> floa
     trial = Trial(list(words), list(words), make_plan(config, machine, 1), config)
     stop = Stop()
     outcome = run_trial(trial, [sys.executable, str(ROOT / "train.py"), *words], stop)
-    if stop.asked:
+    if stop.times:
         leave(STOPPED)
     if outcome.state != "completed":
-        print(f"tunesmith: {trial.said}: {_in_words(outcome)}", file=sys.stderr, flush=True)
-        raise TrialFailed(f"{trial.said}: {_in_words(outcome)}")
+        print(f"tunesmith: {trial.said}: {in_words(outcome)}", file=sys.stderr, flush=True)
+        raise TrialFailed(f"{trial.said}: {in_words(outcome)}")
     return math.nan if outcome.loss is None else outcome.loss
 
 
@@ -246,13 +290,13 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
     stop = Stop()
     outcomes: list[Outcome] = []
     for number, trial in enumerate(planned, start=1):
-        if stop.asked:
+        if stop.times:
             outcomes.append(Outcome("not started"))
             continue
         full = command(trial.words, free_port(29500))
         print(f"\ntrial {number} of {len(planned)}: {trial.said}\n{shlex.join(full)}", flush=True)
         outcomes.append(run_trial(trial, full, stop))
-        print(f"trial {number} of {len(planned)}: {_in_words(outcomes[-1])}", flush=True)
+        print(f"trial {number} of {len(planned)}: {in_words(outcomes[-1])}", flush=True)
     print(f"\n{table(planned, outcomes)}", flush=True)
     return exit_code(outcomes, stop)
 
@@ -260,7 +304,7 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
 def exit_code(outcomes: Sequence[Outcome], stop: Stop) -> int:
     """What a sweep leaves with."""
     states = {outcome.state for outcome in outcomes}
-    if stop.asked and states & {"stopped", "not started"}:
+    if stop.times and states & {"stopped", "not started"}:
         print("tunesmith: the sweep was stopped — the same command goes on")
         return STOPPED
     return COMPLETED if states <= {"completed"} else FAILED
@@ -276,7 +320,7 @@ def table(planned: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:
         shown = "" if one.loss is None else f"{one.loss:.4f}"
         mark = "*" if index == best else " "
         lines.append(f"{mark} {index + 1:>5}  {trial.said:{width}}  {shown:>9}  {one.state:13}  {trial.run.path}")
-    lines += [f"trial {index + 1}: {_in_words(one)}" for index, one in enumerate(outcomes) if one.state not in ("completed", "not started")]
+    lines += [f"trial {index + 1}: {in_words(one)}" for index, one in enumerate(outcomes) if one.state not in ("completed", "not started")]
     if best is not None:
         lines.append(f"best     trial {best + 1} with dev/loss {losses[best]:.4f}: {planned[best].said}")
     elif any(one.state == "completed" for one in outcomes):
@@ -284,6 +328,7 @@ def table(planned: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _in_words(outcome: Outcome) -> str:
+def in_words(outcome: Outcome) -> str:
+    """State, loss and reason."""
     loss = f"dev/loss {outcome.loss:.4f}" if outcome.loss is not None else ""
     return ", ".join(part for part in (outcome.state, loss, outcome.why) if part)

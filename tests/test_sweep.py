@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from launcher.job import newest_step
 from launcher.sweep import Outcome, classified, plan_trials, table, trials
-from launcher.watch import Ended
 from tests.conftest import ROOT, environment
 from tunesmith.compose import choices, compose
 from tunesmith.config import Refusal
@@ -101,8 +101,8 @@ def test_all_that_is_wrong_is_said_before_the_first_trial(overrides: list[str], 
     ],
 )
 def test_how_a_trial_ended(code: int, before: dict[str, Any], after: dict[str, Any], first: str, state: str) -> None:
-    assert classified(Ended(code, 0, "", ""), before, after, first)[0] == state
-    asked = classified(Ended(code, signal.SIGINT, "", ""), before, after, first)[0]
+    assert classified(code, before, after, first)[0] == state
+    asked = classified(code, before, after, first, asked=True)[0]
     assert asked == ("stopped" if before == after and code != 2 else state)
 
 
@@ -180,6 +180,31 @@ def until(what: Callable[[], bool], process: subprocess.Popen[str] | None = None
         if time.monotonic() > end or (process and process.poll() is not None):
             pytest.fail(process.communicate()[0] if process and process.poll() is not None else "it did not come")
         time.sleep(0.1)
+
+
+@pytest.mark.launch
+def test_submitit_runs_trials_of_hydra_s_own_m(overrides: list[str], tmp_path: Path) -> None:
+    """Side by side in jobs of submitit's: one diverges, which is a line; the other is preempted, saves, and goes on in the queue's next start."""
+    outputs = tmp_path / "outputs"
+    words = [*overrides, *QUIET, "train.steps=150", "optim.warmup_steps=0", "optim.lr=1e30,1e-2"]
+    full = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *words]
+    sweep = subprocess.Popen(full, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (trains := [path for path in outputs.glob("*/*/metrics.jsonl") if len(read_metrics(path)) > 2]):
+        assert sweep.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    trial = psutil.Process(json.loads(trains[0].with_name("status.json").read_text())["pid"])
+    for process in (trial, trial.parent()):  # Slurm signals every process of a job's steps
+        process.send_signal(signal.SIGUSR2)
+    said, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, said
+    assert "Traceback" not in said
+    (told,) = (line for line in said.splitlines() if line.startswith("tunesmith: "))
+    assert "optim.lr=1e" in told and ": nan, FloatingPointError: step 2: loss nan" in told
+    assert sorted(states(outputs).values()) == ["completed", "nan"], said
+    assert [row["step"] for row in read_metrics(trains[0])] == list(range(1, 151))
+    logs = "".join(path.read_text() for path in outputs.glob(".submitit/*/*_log.*"))
+    assert f"stopped by signal {int(signal.SIGUSR2)} after step" in logs and "Requeued job" in logs
 
 
 # --- W&B's sweeps --------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def _follow(line: socket.socket) -> None:
 def say(code: int) -> None:
     """Tell the launcher how this process ends: its exit code, or AGAIN."""
     global _said
-    _said = True
     if _line is not None:
+        _said = True
         with suppress(OSError):
             _line.sendall(bytes([code]))
 
