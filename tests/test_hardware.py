@@ -267,10 +267,10 @@ def test_measured_peak_is_kept(tmp_path: Path) -> None:
     peak, note = peak_flops("table", cpu, "fp32", 1)
     assert peak is not None
     assert 1e9 < peak < 1e13, "a core does between 1 GFLOPS and 10 TFLOPS"
-    assert note == "measured: fp32 matmul on Toy"
+    assert note in ("measured: fp32 matmul on Toy", "measured: fp32 matmul by oneDNN on Toy")
     cache = tmp_path / "cache" / "tunesmith"
     assert [path.name for path in cache.iterdir()] == ["peaks.json"], "written through a temporary file that is gone"
-    assert list(json.loads((cache / "peaks.json").read_text()).values()) == [peak]
+    assert peak in json.loads((cache / "peaks.json").read_text()).values()
     assert peak_flops("measure", cpu, "fp32", 1, measure=False)[0] == peak, "the second time nothing is run"
     assert peak_flops("table", cpu, "fp32", 2, measure=False) == waiting, "other threads, other peak"
     assert peak_flops("table", T4, "fp32", 2, measure=False, cpu=True)[1].endswith("some CPU"), "cards, but on the CPU"
