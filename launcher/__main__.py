@@ -2,6 +2,7 @@
 python -m launcher +exp=full_a10x4 nodes=2 --hostfile hosts        on machines that are reached by ssh
 python -m launcher +exp=lora_a10 [nodes=2] --slurm                 as a job of Slurm
 python -m launcher +exp=lora_a10 optim.lr=1e-4,2e-4 [--slurm]      a sweep: each combination is a run, one after the other or as one array
+python -m launcher +exp=lora_a10 'optim.lr=tag(log,interval(1e-5,1e-3))' --search 20      a search: trials by TPE, hopeless ones pruned
 
 Composes, types and plans first, without torch, so that a mistake costs a second and no rank; then starts the ranks, or submits.
 """
@@ -55,10 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hostfile", type=Path, help="machines that are reached by ssh, a line each: NAME slots=RANKS")
     parser.add_argument("--slurm", action="store_true", help="submit as a job of Slurm")
     parser.add_argument("--throttle", type=int, default=0, help="with --slurm: most trials of a sweep at work together (default: all)")
+    parser.add_argument("--search", type=int, metavar="TRIALS", help="try so many of the values and intervals in the words, by TPE")
+    parser.add_argument("--parallel", type=int, help="with --search: trials side by side on this machine (default: 1)")
+    parser.add_argument("--seed", type=int, help="with --search: of the proposals (default: 0)")
+    parser.add_argument("--no-prune", action="store_true", help="with --search: let every trial go to its end")
     parser.add_argument("--dry", action="store_true", help="print the plan and the command or the batch script, start nothing")
     asked, words = parser.parse_known_args(arguments)
     try:
         words = take_nodes(asked, words)
+        if asked.search is not None:
+            leave(search(asked, words))
+        if asked.parallel is not None or asked.seed is not None or asked.no_prune:
+            raise Refusal("--parallel, --seed and --no-prune belong to --search — type --search 20 with them")
         if asked.slurm:
             if asked.hostfile:
                 raise Refusal("--hostfile: Slurm chooses the nodes — leave --hostfile or --slurm out")
@@ -134,6 +143,41 @@ def take_nodes(asked: argparse.Namespace, words: Sequence[str]) -> list[str]:
     if asked.nodes < 0 or asked.ranks < 0:
         raise Refusal("--nodes and --ranks are at least 1")
     return [word for word in words if not word.startswith("nodes=")]
+
+
+def search(asked: argparse.Namespace, words: Sequence[str]) -> int:
+    """Try values of the words' intervals on this machine, or only say how; raises Refusal if that cannot be."""
+    try:
+        from launcher.search import Asked, check, run_search, share_of
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise Refusal("--search needs the package optuna — pip install 'tunesmith[sweep]'") from None
+    parallel = 1 if asked.parallel is None else asked.parallel
+    if asked.search < 1 or parallel < 1:
+        raise Refusal("--search and --parallel are at least 1")
+    if asked.slurm:
+        raise Refusal(
+            "--slurm --search: a search decides after each trial, on one machine — submit the whole of it, the same command goes on in the "
+            "next job: sbatch --wrap 'python -m launcher ... --search N', or a list of values without --search"
+        )
+    if asked.hostfile or asked.nodes > 1 or asked.via in ("srun", "pdsh"):
+        raise Refusal("--search: trials run on this machine — leave --hostfile, nodes= and --via srun or pdsh out")
+    machine = this_machine()
+    if parallel > 1 and asked.via == "deepspeed" and machine.device_names:
+        raise Refusal("--parallel: deepspeed takes all cards that it sees — type --via torchrun")
+    share = share_of(machine, parallel)
+    if parallel > 1 and not share.device_names and not any(word.startswith("hardware.threads=") for word in words):
+        words = [*words, f"hardware.threads={max(1, share.cores // (asked.ranks or 1))}"]
+    ranks = asked.ranks or max(1, len(share.device_names))
+    found = check(words, Asked(asked.search, parallel, asked.seed or 0, not asked.no_prune), share, ranks)
+    print(f"{describe(found.largest.plan)}\n{found.describe()}", flush=True)
+    command = partial(on_this_machine, asked.via or ("torchrun" if parallel > 1 else "deepspeed"), ranks)
+    if asked.dry:
+        print(shlex.join(command(found.largest.words)))
+        return 0
+    os.chdir(ROOT)
+    return run_search(found, command)
 
 
 def on_hosts(asked: argparse.Namespace, words: Sequence[str]) -> int:
