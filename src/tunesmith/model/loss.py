@@ -75,9 +75,7 @@ class _Summed(torch.autograd.Function):
     """The sum of the losses, [1] in fp32, of hidden states [positions, width] by a head's weight [vocabulary, width]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool) -> torch.Tensor:
         batch, smoothing, device = targets.batch, targets.smoothing, x.device
         wants_x, wants_weight = (recorded and wanted for wanted in ctx.needs_input_grad[:2])
         rows = torch.arange(len(x)) if batch.rows is None else batch.rows  # they ascend
@@ -152,10 +150,10 @@ def _added(total: torch.Tensor | None, gradient: torch.Tensor, part: torch.Tenso
 def measure_at_head(model: Any) -> None:
     """Let a model's output head answer with losses where it is asked for them; its weights and names stay as they are."""
     head = inner_model(model).get_output_embeddings()
-    parts = [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
+    parts: list[Any] = [head.original_module, *head.modules_to_save.values()] if hasattr(head, "modules_to_save") else [head]
     for part in parts:
         if type(part) is nn.Linear:
-            part.forward = MethodType(_forward, part)
+            part.forward = MethodType(_forward, part)  # type: ignore[method-assign]
 
 
 def _forward(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:

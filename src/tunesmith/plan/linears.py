@@ -57,8 +57,10 @@ class Linears(Tape):
         if quantised == "int8" and not self.recording:
             self.pinned.append(x.block)
         size = x.size
+        self.heap.products += not self.stopped
 
         def run(_: list[Block], saved: object = saved) -> Gradients:
+            self.heap.products += wanted + trained
             dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
             gradient = self.block(size) if wanted else None
             del dequantised
@@ -109,7 +111,9 @@ class Linears(Tape):
         inner = self.block(x.rows * rank * bytes)
         del weight
         y = self.block(x.rows * outputs * bytes)
+        self.heap.products += 3
         if self.again and linear == self.shape.linears[-1]:
+            self.heap.products -= 2
             self.stopped = True
             y = self.block(0)
         weight = narrowed(outputs * rank)
@@ -120,6 +124,7 @@ class Linears(Tape):
             return self.block(numbers * setting.adapter, "gradients") if casts and gradient else gradient
 
         def run(_: list[Block], saved: tuple[Block, ...] = (x.block, inner)) -> Gradients:
+            self.heap.products += 3 + 2 * wanted
             weight = narrowed(outputs * rank)
             of_inner = self.block(saved[1].size)
             del weight

@@ -372,6 +372,7 @@ class Step(Linears):
             part = self.block(inner * bytes if bytes != x.bytes else 0)
             self.heap.written += 3 * min(piece, rows - start) * shape.vocab * 4  # in place: less the highest, exp, and that scaled
             self.heap.blocks += 12
+            self.heap.products += 1 + (x.node is not None) + trained
             if trained:
                 wide = self.block(inner * 4)
                 part = self.block(inner * bytes if bytes < 4 else 0)
@@ -423,6 +424,8 @@ class Replayed:
     written: float
     """Bytes of all blocks."""
     operators: int
+    products: int
+    """Matmuls of linear layers and of the head."""
     random: float
     """Numbers drawn for dropout."""
 
@@ -432,4 +435,4 @@ def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> 
     """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
     heap = Heap()
     Step(heap, shape, setting, tokens, targets)
-    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.random)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.products, heap.random)
