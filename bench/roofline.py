@@ -108,6 +108,7 @@ def spent(case: Case, folder: Path) -> tuple[float, dict[str, float]]:
 
 
 def main() -> None:
+    prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
     take_faster_matmul(threads)
     peak, by = measure_peak("fp32", "cpu", threads)

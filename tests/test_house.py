@@ -42,6 +42,7 @@ HOMES = {
     "huggingface_hub": {"model"},
     "hydra": {"compose", "train.py", "launcher"},
     "omegaconf": {"config", "compose", "train.py", "launcher"},
+    "optuna": {"launcher"},
     "plotly": {"report"},
     "jinja2": {"report", "data"},
     "pynvml": {"hardware", "metrics", "doctor"},  # what the machine is; what a card does while a run goes on; what ails it

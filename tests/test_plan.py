@@ -768,17 +768,18 @@ def test_disk_is_what_a_run_keeps() -> None:
 
 
 def test_what_zero_sends() -> None:
-    """ZeRO 3 sends all weights twice a micro-batch; over PCI Express that is the step."""
+    """ZeRO 3 sends weights for each forward and each backward, but those that stay in between; over PCI Express that is the step."""
     config = config_of(**ON_A10, model__known_as="qwen3-0.6b", method__kind=FULL, train__micro_batch=1)
     sent = {}
     for zero in range(4):
         config.engine.zero = zero
         sent[zero] = make_plan(config, A10S, 4).time["communication"]
-    weights = KNOWN["qwen3-0.6b"].total_weights * 2 * 3 / 4 / (31.5e9 * 0.75)
+    total = KNOWN["qwen3-0.6b"].total_weights
+    weights = total * 2 * 3 / 4 / (31.5e9 * 0.75)
     assert sent[0] == pytest.approx(2 * weights)
-    assert sent[1] == pytest.approx(2 * weights)
-    assert sent[2] == pytest.approx((4 + 1) * weights), "reduced after each of four micro-batches"
-    assert sent[3] == pytest.approx(4 * 3 * weights)
+    assert sent[1] == pytest.approx(3 * weights), "reduced on every rank, and gathered after the update"
+    assert sent[2] == pytest.approx((4 * 2 + 1) * weights), "reduced after each of four micro-batches"
+    assert sent[3] == pytest.approx(4 * (3 - 500e6 / total) * weights), "half of DeepSpeed's reuse distance stays gathered"
 
 
 def test_predicted_beside_measured() -> None:
@@ -796,9 +797,9 @@ def test_predicted_beside_measured() -> None:
 def test_the_plan_chooses_the_fastest_that_fits() -> None:
     config = config_of(**ON_A10, model__known_as="qwen2.5-1.5b", engine__fit=True, engine__zero=3, engine__checkpointing=True)
     chosen = make_plan(config, A10S, 4)
-    assert (chosen.config.engine.zero, chosen.config.engine.checkpointing, chosen.config.engine.offload) == (1, False, False)
-    assert chosen.notes[0].startswith("engine.fit: DeepSpeed ZeRO 1 is the fastest of ")
-    assert chosen.deepspeed["zero_optimization"]["stage"] == 1
+    assert (chosen.config.engine.zero, chosen.config.engine.checkpointing, chosen.config.engine.offload) == (0, False, False)
+    assert chosen.notes[0].startswith("engine.fit: DeepSpeed ZeRO 0 is the fastest of ")
+    assert chosen.deepspeed["zero_optimization"]["stage"] == 0
     assert chosen.run_id == run_id(config), "what is chosen may change when the data is counted; the folder stays"
     for choice in engine_choices(config, 4):
         other = changed(config, {"engine.fit": False, **choice})
