@@ -74,6 +74,26 @@ class Linears(Tape):
 
         return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
 
+    def in_int8(self, x: Value, outputs: int) -> Value:
+        """x W^T in int8 (model/int8.py): nothing is kept; the product's integers are there beside it, and what is quantised."""
+        setting, size = self.setting, x.rows * x.width
+        x = self.cast(x, setting.compute) if setting.autocast else x
+        y = self.block(x.rows * outputs * x.bytes)
+        self.integers(x.rows, x.width, outputs)
+        bytes, rows, width = x.bytes, x.rows, x.width
+
+        def run(_: list[Block]) -> Gradients:
+            of_x = self.block(size * bytes)
+            self.integers(rows, outputs, width)
+            return (of_x,)
+
+        return self.apply((x,), x.rows, outputs, x.bytes, run, block=y)
+
+    def integers(self, rows: float, inputs: float, outputs: float) -> None:
+        """An int8 matmul's quantised side with its scales, and its sums, which end with it."""
+        quantised, sums = self.block(rows * (inputs + 4), "buffers"), self.block(4 * rows * outputs, "buffers")
+        del quantised, sums
+
     def linear(self, x: Value, linear: Linear, layer: int) -> Value:
         """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
         setting, given = self.setting, x  # who calls a module holds its argument until it returns
@@ -81,7 +101,8 @@ class Linears(Tape):
         if adapted and setting.joined:
             return self.joined(x, linear)
         self.stopped = self.again and last and not adapted
-        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        in_int8 = setting.quantised == "dynamic"
+        result = self.in_int8(x, linear[2]) if in_int8 else self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
         if setting.quantised:
             result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
         if adapted:
@@ -112,6 +133,8 @@ class Linears(Tape):
         if self.again and linear == self.shape.linears[-1]:
             self.stopped = True
             y = self.block(0)
+        if setting.quantised:
+            self.integers(x.rows, inputs, outputs)
         weight = narrowed(outputs * rank)
         del weight
 
@@ -125,6 +148,8 @@ class Linears(Tape):
             del weight
             of_weights = [grown(outputs * rank), grown(inputs * rank)]
             of_x = self.block(size) if wanted else None
+            if wanted and setting.quantised:
+                self.integers(size / bytes / inputs, outputs, inputs)
             weight = narrowed(inputs * rank) if wanted else None
             del weight, of_inner
             while of_weights:
