@@ -129,6 +129,9 @@ def quantise_layers(model: Any, device: torch.device) -> None:
                     f"multiples of {MULTIPLE} — type precision.int8=bnb"
                 )
             setattr(parent, name, Int8Linear(layer, device))
+    if device.type == "cpu":
+        for weight in model.parameters():  # a file of weights is mapped whole, and stays in memory as long as any of them lies in it
+            weight.data = weight.data.clone()
 
 
 # --- the passes ----------------------------------------------------------------------------------------------------

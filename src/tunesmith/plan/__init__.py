@@ -445,7 +445,7 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
                 "— type engine=accelerate"
             )
     if multiplies_int8(config):
-        yield "precision.int8=dynamic: MFU and HFU divide by the peak of " f"{config.precision.compute.value}, so they may pass 100 %"
+        yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.compute.value}, so they may pass 100 %"
         if on_cpu and config.precision.compute is not Compute.fp32:
             yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
     if on_cpu and config.precision.compute is Compute.bf16:

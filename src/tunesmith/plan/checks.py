@@ -150,7 +150,7 @@ def _combination_problems(config: Config, shape: ModelShape | None, world_size: 
             "stored with — type engine.zero=2"
         )
     if config.precision.int8 is Int8.dynamic and base is not Base.int8:
-        yield f"precision.int8=dynamic: method.base={base.value} has nothing in int8 — type method=lora_int8, or precision.int8=bnb"
+        yield f"precision.int8=dynamic: method.base={base.value} has nothing in int8 — type precision.int8=bnb, or method=lora_int8"
     if layers := config.precision.fp32_layers:
         named = f"precision.fp32_layers=[{','.join(layers)}]"
         if config.precision.compute is Compute.fp32:
