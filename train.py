@@ -102,7 +102,9 @@ if __name__ == "__main__":
     try:
         main()
         leave(COMPLETED)
-    except TrialFailed:
+    except TrialFailed as failed:
+        if failed.said_by != os.getpid():
+            print(f"tunesmith: {failed}", file=sys.stderr)
         leave(FAILED)
     except COMPOSITION_ERRORS as error:
         refuse(Refusal(explain(error, sys.argv[1:])))

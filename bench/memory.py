@@ -110,7 +110,7 @@ def said(value: Any) -> str:
 
 def grid() -> list[Case]:
     """Every family, method, precision and checkpointing with two batches each in turn, all in halves, and the kinds of MORE."""
-    cases = []
+    cases: list[Case] = []
     for turn in range(2):
         for family in FAMILIES:
             for rank in METHODS:
@@ -185,7 +185,7 @@ def measured(case: Case, folder: Path) -> int:
     for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
         live += size
         peak = max(peak, live)
-    return sum(held.values()) + peak
+    return int(sum(held.values()) + peak)
 
 
 def entries(ledger: Any) -> Iterator[tuple[int, int]]:

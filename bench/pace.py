@@ -10,6 +10,7 @@ use the machine; on a busy one nothing here means much. Timings are no test: non
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from bench.memory import Case, batch_of, grid, model_in
 from tunesmith.config import Compute
-from tunesmith.hardware import Overheads, measure_peak, overheads, this_machine
+from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
 from tunesmith.plan import step_flops, trained_weights
 from tunesmith.plan.memory import setting_of
 from tunesmith.plan.pace import READS, speed_of, step_seconds
@@ -45,6 +46,8 @@ def measured(case: Case, folder: Path) -> float:
     torch.set_num_threads(threads)  # Accelerate takes one for a rank
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, best = sum(batch.target_count for batch in batches), float("inf")
+    gc.collect()
+    gc.freeze()  # what earlier configurations left is not looked through again: a program trains one model
     for _ in range(REPEATS):
         start = perf_counter()
         engine.step(batches, targets, 1e-4, lambda _: nullcontext())
@@ -87,9 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
     asked = parser.parse_args()
+    prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
-    peaks = {compute: measure_peak(compute.value, "cpu", threads) for compute in (Compute.fp32, Compute.bf16)}
+    peaks = {compute: measure_peak(compute.value, "cpu", threads)[0] for compute in (Compute.fp32, Compute.bf16)}
     cpu = overheads(this_machine(), threads)
+    take_faster_matmul(threads)
     print(f"{threads} threads, {cpu}, " + ", ".join(f"{compute.value} {peak / 1e9:.0f} GFLOPS" for compute, peak in peaks.items()))
     cases = [case for case in grid() if not case.halves]
     errors, times = [], []

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -180,17 +182,18 @@ class Contest:
         return {name: best[name] for name in ("micro_batch", "padding_free")}, tried
 
 
-def measure(contest: Contest, sides: dict[str, Side], windows: int) -> dict[str, Any]:
-    """Take the windows by turns; gives what each side showed."""
+def measure(contest: Contest, starts: dict[str, Callable[[], Side]], windows: int) -> dict[str, Any]:
+    """Start one side after the other, then take the windows by turns; gives what each side showed."""
     found: dict[str, Any] = {}
+    sides: dict[str, Side] = {}
     try:
-        for name, side in list(sides.items()):
+        for name, start in starts.items():
+            sides[name] = start()
             try:
-                found[name] = side.hear()
+                found[name] = sides[name].hear()  # each has the machine for itself until its first update is done
             except Refused as refused:
                 print(f"  {name}: left out — {refused}", flush=True)
-                side.end()
-                del sides[name]
+                sides.pop(name).end()
         for number in range(windows):
             rates = {name: side.window(contest.set.steps) for name, side in sides.items()}
             said = "   ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
@@ -215,8 +218,8 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
     lengths = sorted(len(ids) for ids, _ in contest.facts["train"])
     print(f"  same token ids, targets and weights; {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}", flush=True)
     best, tried = contest.best_peer(python)
-    sides = {row: contest.ours(overrides) for row, overrides in ROWS.items()}
-    rows = measure(contest, sides | {"TRL": contest.peer(python, best)}, windows)
+    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in ROWS.items()}
+    rows = measure(contest, starts | {"TRL": partial(contest.peer, python, best)}, windows)
     first = {row: facts["losses"][0] for row, facts in rows.items() if facts["losses"]}
     if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > 0.005:
         raise Refused(f"the first update's loss is {first}: not the same computation")
@@ -231,7 +234,7 @@ def ablate(name: str, windows: int, work: Path) -> dict[str, Any]:
     """One set, tunesmith with one thing changed in each row."""
     print(f"{name}, ablation", flush=True)
     contest = Contest(SETS[name], windows, work)
-    return {"rows": measure(contest, {row: contest.ours(overrides) for row, overrides in ABLATION.items()}, windows)}
+    return {"rows": measure(contest, {row: partial(contest.ours, overrides) for row, overrides in ABLATION.items()}, windows)}
 
 
 def machine() -> dict[str, str]:

@@ -2,6 +2,7 @@
 python -m launcher +exp=full_a10x4 nodes=2 --hostfile hosts        on machines that are reached by ssh
 python -m launcher +exp=lora_a10 [nodes=2] --slurm                 as a job of Slurm
 python -m launcher +exp=lora_a10 optim.lr=1e-4,2e-4 [--slurm]      a sweep: each combination is a run, one after the other or as one array
+python -m launcher +exp=lora_a10 'optim.lr=tag(log,interval(1e-5,1e-3))' --search 20      a search: trials by TPE, hopeless ones pruned
 
 Composes, types and plans first, without torch, so that a mistake costs a second and no rank; then starts the ranks, or submits.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -33,11 +35,12 @@ from launcher.nodes import (
     read_hostfile,
 )
 from launcher.slurm import folder_problems, submit
-from launcher.sweep import outline, plan_trials, run_sweep, trials
-from launcher.watch import free_port, watch
+from launcher.sweep import Trial, outline, plan_trials, run_sweep, trials
+from launcher.watch import Ended, free_port, watch
 from tunesmith.compose import compose
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import this_machine
+from tunesmith.metrics import opened_by_agent
 from tunesmith.plan import describe, make_plan
 from tunesmith.run import leave, refuse
 
@@ -53,10 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hostfile", type=Path, help="machines that are reached by ssh, a line each: NAME slots=RANKS")
     parser.add_argument("--slurm", action="store_true", help="submit as a job of Slurm")
     parser.add_argument("--throttle", type=int, default=0, help="with --slurm: most trials of a sweep at work together (default: all)")
+    parser.add_argument("--search", type=int, metavar="TRIALS", help="try so many of the values and intervals in the words, by TPE")
+    parser.add_argument("--parallel", type=int, help="with --search: trials side by side on this machine (default: 1)")
+    parser.add_argument("--seed", type=int, help="with --search: of the proposals (default: 0)")
+    parser.add_argument("--no-prune", action="store_true", help="with --search: let every trial go to its end")
     parser.add_argument("--dry", action="store_true", help="print the plan and the command or the batch script, start nothing")
     asked, words = parser.parse_known_args(arguments)
     try:
         words = take_nodes(asked, words)
+        if asked.search is not None:
+            leave(search(asked, words))
+        if asked.parallel is not None or asked.seed is not None or asked.no_prune:
+            raise Refusal("--parallel, --seed and --no-prune belong to --search — type --search 20 with them")
         if asked.slurm:
             if asked.hostfile:
                 raise Refusal("--hostfile: Slurm chooses the nodes — leave --hostfile or --slurm out")
@@ -68,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         several = trials(words)
         if len(several) > 1 and (asked.hostfile or asked.nodes > 1 or asked.via == "srun"):
             raise Refusal(f"{len(several)} trials: a sweep runs on this machine or by --slurm — type --slurm, or one trial's words")
+        if len(several) > 1 and opened_by_agent():
+            raise Refusal(f"{len(several)} trials for the one run that W&B's agent has opened — one value a parameter, lists in brackets")
         if asked.hostfile:
             sys.exit(on_hosts(asked, words))
         if asked.nodes > 1 or asked.via == "srun":
@@ -88,9 +101,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)
     if len(planned) > 1:
         leave(run_sweep(planned, partial(on_this_machine, via, ranks)))
-    full = on_this_machine(via, ranks, planned[0].words, free_port(29500))
+    # Several agents on one machine begin at the same time: each looks from a place of its own, below those that the system gives away.
+    first = 29500 + (os.getpid() % 3000 if opened_by_agent() else 0)
+    full = on_this_machine(via, ranks, planned[0].words, free_port(first))
     print(shlex.join(full), flush=True)
+    if opened_by_agent():
+        leave(run_for_agent(planned[0], full))
     os.execvp(full[0], full)
+
+
+def run_for_agent(trial: Trial, command: list[str]) -> int:
+    """Run a trial for the agent of a W&B sweep and return its exit code; a trial that the agent stops ends this process by a signal.
+
+    The agent stops, and after a while kills, the process that it has started, and that one alone. deepspeed in this place would give ranks
+    half a minute to save, and killed it would leave them behind: through the lifeline they have the time they need, and end with this one.
+    """
+    ended = watch(lambda env: ([command], env), "127.0.0.1", keep_tail=False)
+    if ended.signal not in (0, signal.SIGUSR1) and trial.run.status().get("state") == "preempted":  # a request to save has one form
+        trial.run.set_status("stopped")
+    return code_for_agent(ended)
+
+
+def code_for_agent(ended: Ended) -> int:
+    """The exit code of ranks that have ended, but under a W&B agent what was stopped ends this process by the signal that asked for it.
+
+    The agent takes any code above 0 for a failure: after 3 in its first minute, or 5 and no success, it starts no more trials.
+    """
+    if ended.code and ended.signal and opened_by_agent():
+        signal.signal(ended.signal, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.signal)
+    return ended.code
 
 
 def take_nodes(asked: argparse.Namespace, words: Sequence[str]) -> list[str]:
@@ -103,6 +143,41 @@ def take_nodes(asked: argparse.Namespace, words: Sequence[str]) -> list[str]:
     if asked.nodes < 0 or asked.ranks < 0:
         raise Refusal("--nodes and --ranks are at least 1")
     return [word for word in words if not word.startswith("nodes=")]
+
+
+def search(asked: argparse.Namespace, words: Sequence[str]) -> int:
+    """Try values of the words' intervals on this machine, or only say how; raises Refusal if that cannot be."""
+    try:
+        from launcher.search import Asked, check, run_search, share_of
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise Refusal("--search needs the package optuna — pip install 'tunesmith[sweep]'") from None
+    parallel = 1 if asked.parallel is None else asked.parallel
+    if asked.search < 1 or parallel < 1:
+        raise Refusal("--search and --parallel are at least 1")
+    if asked.slurm:
+        raise Refusal(
+            "--slurm --search: a search decides after each trial, on one machine — submit the whole of it, the same command goes on in the "
+            "next job: sbatch --wrap 'python -m launcher ... --search N', or a list of values without --search"
+        )
+    if asked.hostfile or asked.nodes > 1 or asked.via in ("srun", "pdsh"):
+        raise Refusal("--search: trials run on this machine — leave --hostfile, nodes= and --via srun or pdsh out")
+    machine = this_machine()
+    if parallel > 1 and asked.via == "deepspeed" and machine.device_names:
+        raise Refusal("--parallel: deepspeed takes all cards that it sees — type --via torchrun")
+    share = share_of(machine, parallel)
+    if parallel > 1 and not share.device_names and not any(word.startswith("hardware.threads=") for word in words):
+        words = [*words, f"hardware.threads={max(1, share.cores // (asked.ranks or 1))}"]
+    ranks = asked.ranks or max(1, len(share.device_names))
+    found = check(words, Asked(asked.search, parallel, asked.seed or 0, not asked.no_prune), share, ranks)
+    print(f"{describe(found.largest.plan)}\n{found.describe()}", flush=True)
+    command = partial(on_this_machine, asked.via or ("torchrun" if parallel > 1 else "deepspeed"), ranks)
+    if asked.dry:
+        print(shlex.join(command(found.largest.words)))
+        return 0
+    os.chdir(ROOT)
+    return run_search(found, command)
 
 
 def on_hosts(asked: argparse.Namespace, words: Sequence[str]) -> int:
@@ -128,7 +203,7 @@ def on_hosts(asked: argparse.Namespace, words: Sequence[str]) -> int:
         if asked.dry:
             prepare(os.environ)
             return 0
-        return watch(prepare, socket.gethostname()).code
+        return code_for_agent(watch(prepare, socket.gethostname()))
 
 
 def inside_job(asked: argparse.Namespace, words: Sequence[str]) -> int:

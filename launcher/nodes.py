@@ -19,7 +19,8 @@ WAYS = ("deepspeed", "pdsh", "torchrun", "accelerate", "srun", "python")
 # What a rank that is started by ssh gets of this environment. It stands in command lines that everybody on a node can read.
 FORWARDED = (
     "PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS", "SLURM_JOB_ID", "WANDB_MODE",
-    "WANDB_BASE_URL", "PYTHONPATH", "PYTHONUNBUFFERED", "DS_ACCELERATOR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_ID",
+    "PYTHONPATH", "PYTHONUNBUFFERED", "DS_ACCELERATOR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
 )  # fmt: skip
 FORWARDED_FAMILIES = ("TUNESMITH_", "HF_", "NCCL_", "GLOO_", "TORCH_", "UCX_")
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.I)

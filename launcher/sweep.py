@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -68,10 +68,10 @@ class Outcome:
     """How a trial ended."""
 
     state: str
-    """completed, stopped, refused, oom, nan, killed, failed, or not started."""
+    """completed, pruned (of a search), stopped, refused, oom, nan, killed, failed, or not started."""
     why: str = ""
     loss: float | None = None
-    """Held-out loss of a completed run's result, nats a target token."""
+    """Held-out loss of a completed run's result, or of a pruned one where it was stopped, nats a target token."""
 
 
 # --- from words to trials ------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def trials(words: Sequence[str]) -> list[list[str]]:
     """
     overrides = parsed(words)
     if endless := [str(one.input_line) for one in overrides if one.is_sweep_override() and not one.is_discrete_sweep()]:
-        raise Refusal(f"override {endless[0]}: an interval has no end of values — type the values, a,b,c, or range(1,4)")
+        raise Refusal(f"override {endless[0]}: an interval has no end of values — type the values, a,b,c, or range(1,4), or --search 20")
     if not any(one.is_sweep_override() for one in overrides):
         return [list(words)]
     (found,) = BasicSweeper.split_arguments(overrides, None)
@@ -168,9 +168,19 @@ class Stop:
         self.times += 1
 
 
-def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
+def run_trial(
+    trial: Trial,
+    command: Sequence[str],
+    stop: Stop,
+    *,
+    hopeless: Callable[[], str] = lambda: "",
+    extra: Mapping[str, str] | None = None,
+    output: IO[str] | None = None,
+) -> Outcome:
     """Start a trial's ranks in processes of their own, wait for their end and say what became of it.
 
+    hopeless: asked again and again, says why the trial is not worth going on with (empty: it is); the trial then saves and stops as it
+    would for anybody, and its status says why. extra: environment variables; output: where what the ranks say goes (None: here).
     In processes of its own nothing of one trial is left for the next: process group, a library's state, a card's memory; and a trial that
     dies takes none along.
     """
@@ -178,20 +188,35 @@ def run_trial(trial: Trial, command: Sequence[str], stop: Stop) -> Outcome:
     before = run.status()
     if before.get("state") == "completed":
         return Outcome("completed", "was complete", held_out_loss(trial))
-    process = subprocess.Popen(command)
-    told = 0
+    process = subprocess.Popen(command, env={**os.environ, **(extra or {})}, stdout=output, stderr=output and subprocess.STDOUT)
+    told, pruned = 0, ""
     while True:
         try:
             code = process.wait(POLL_S)
             break
         except subprocess.TimeoutExpired:
             pass
+        except BaseException:  # how submitit ends a job that is preempted or out of time, from its handler of a signal
+            ask_to_stop(process, run, before)
+            process.wait()
+            raise
         if stop.times > told:
             told = stop.times
             ask_to_stop(process, run, before)
+        elif not pruned and not told and (pruned := hopeless()):
+            ask_to_stop(process, run, before)
     after = run.status()
     state, why = classified(code, before, after, first_error(run.path))
+    if pruned and state in ("stopped", "killed"):  # with its training done it leaves at once, and a launcher may call that what it likes
+        return pruned_at(trial, pruned)
     return Outcome(state, why, held_out_loss(trial) if state == "completed" else None)
+
+
+def pruned_at(trial: Trial, why: str) -> Outcome:
+    """A trial that was stopped because it is not worth going on with; its run says so to whoever looks at it later."""
+    trial.run.set_status("stopped", reason=f"pruned: {why}")
+    losses = held_out_losses(trial.run.path)
+    return Outcome("pruned", why, losses[-1] if losses else None)
 
 
 def ask_to_stop(process: subprocess.Popen[bytes], run: RunFolder, before: Mapping[str, Any]) -> None:
@@ -261,8 +286,8 @@ def run_in_child(config: Config, words: Sequence[str], machine: Machine) -> floa
     if stop.times:
         leave(STOPPED)
     if outcome.state != "completed":
-        print(f"tunesmith: {trial.said}: {_in_words(outcome)}", file=sys.stderr, flush=True)
-        raise TrialFailed(f"{trial.said}: {_in_words(outcome)}")
+        print(f"tunesmith: {trial.said}: {in_words(outcome)}", file=sys.stderr, flush=True)
+        raise TrialFailed(f"{trial.said}: {in_words(outcome)}")
     return math.nan if outcome.loss is None else outcome.loss
 
 
@@ -280,7 +305,7 @@ def run_sweep(planned: Sequence[Trial], command: Command) -> int:
         full = command(trial.words, free_port(29500))
         print(f"\ntrial {number} of {len(planned)}: {trial.said}\n{shlex.join(full)}", flush=True)
         outcomes.append(run_trial(trial, full, stop))
-        print(f"trial {number} of {len(planned)}: {_in_words(outcomes[-1])}", flush=True)
+        print(f"trial {number} of {len(planned)}: {in_words(outcomes[-1])}", flush=True)
     print(f"\n{table(planned, outcomes)}", flush=True)
     return exit_code(outcomes, stop)
 
@@ -304,7 +329,7 @@ def table(planned: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:
         shown = "" if one.loss is None else f"{one.loss:.4f}"
         mark = "*" if index == best else " "
         lines.append(f"{mark} {index + 1:>5}  {trial.said:{width}}  {shown:>9}  {one.state:13}  {trial.run.path}")
-    lines += [f"trial {index + 1}: {_in_words(one)}" for index, one in enumerate(outcomes) if one.state not in ("completed", "not started")]
+    lines += [f"trial {index + 1}: {in_words(one)}" for index, one in enumerate(outcomes) if one.state not in ("completed", "not started")]
     if best is not None:
         lines.append(f"best     trial {best + 1} with dev/loss {losses[best]:.4f}: {planned[best].said}")
     elif any(one.state == "completed" for one in outcomes):
@@ -312,6 +337,7 @@ def table(planned: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _in_words(outcome: Outcome) -> str:
+def in_words(outcome: Outcome) -> str:
+    """State, loss and reason."""
     loss = f"dev/loss {outcome.loss:.4f}" if outcome.loss is not None else ""
     return ", ".join(part for part in (outcome.state, loss, outcome.why) if part)

@@ -36,11 +36,12 @@ class Ended:
     """The last lines on stderr."""
 
 
-def watch(prepare: Commands, address: str) -> Ended:
+def watch(prepare: Commands, address: str, *, keep_tail: bool = True) -> Ended:
     """Run commands side by side until all have ended.
 
     prepare: from the environment with the launcher's own place to the commands and their environment. address: this machine's name, as
     the nodes reach it. SIGUSR1, SIGTERM and SIGINT ask all ranks to save and stop. When a rank fails, all end, whatever started them.
+    keep_tail: pass stderr on line by line and keep the last lines; otherwise the commands have this process's own.
     """
     asked: list[int] = []
     lost: list[str] = []
@@ -64,13 +65,13 @@ def watch(prepare: Commands, address: str) -> Ended:
     commands, environment = prepare({**os.environ, VARIABLE: line.place})
     tail: deque[str] = deque(maxlen=TAIL)
     readers = []
+    stderr = subprocess.PIPE if keep_tail else None
     for command in commands:
         # A group of its own: what a terminal or a scheduler sends to this one's group reaches the ranks through the lifeline, once.
-        process = subprocess.Popen(
-            command, env=dict(environment), stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-        )
+        process = subprocess.Popen(command, env=dict(environment), stderr=stderr, text=True, errors="replace", start_new_session=True)
         processes.append(process)
-        assert process.stderr
+        if process.stderr is None:
+            continue
         readers.append(threading.Thread(target=_pass_on, args=(process.stderr, tail), daemon=True))
         readers[-1].start()
     codes = [process.wait() for process in processes]

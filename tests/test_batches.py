@@ -584,6 +584,23 @@ def test_only_the_conversations_of_a_step_are_read() -> None:
         assert read == Counter(batches.conversations(step))
 
 
+@patient
+@given(st.integers(1, 60).flatmap(lambda row: st.tuples(st.lists(st.integers(1, row), max_size=70), st.just(row))))
+@example(([5] * 65, 10))
+@example(([], 3))
+def test_packed_rows_are_those_of_first_fit(drawn: tuple[list[int], int]) -> None:
+    """Against the definition: the longest first, equal ones in order, each into the first row that has room."""
+    lengths, row = drawn
+    rows: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fitting = [members for members in rows if sum(lengths[member] for member in members) + lengths[number] <= row]
+        if fitting:
+            fitting[0].append(number)
+        else:
+            rows.append([number])
+    assert pack(lengths, row) == rows
+
+
 @pytest.mark.parametrize("batching", [Batching.ragged, Batching.packed])
 def test_a_thousand_ranks(batching: Batching) -> None:
     """Each conversation of an epoch on one of 1,024 ranks, equally many micro-batches on each; a rank reads its own tokens alone."""

@@ -13,10 +13,7 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import yaml
 
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import ROOT, environment, launch
+from tests.wandb_server import WandbServer
 from tunesmith import cli
 from tunesmith.compare import Run, compare, difference, find_runs, glance
 from tunesmith.compare.noise import judge_settings
@@ -386,49 +384,21 @@ def test_the_page_on_a_phone(page: Path, dark: bool) -> None:
 # --- W&B -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def wandb_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """As much of a W&B server as saving a view needs, on the loopback, and what it was sent."""
-    seen: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-            seen.append(body)
-            viewer = {"id": "e", "entity": "somebody", "username": "somebody", "email": "", "flags": "{}", "teams": {"edges": []}}
-            view = {"upsertView": {"view": {"id": "v", "name": "nw-abc-v"}, "inserted": True}}
-            answer = json.dumps({"data": view if "upsertView" in body["query"] else {"viewer": viewer}}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_address[1]}", seen
-    http.shutdown()
-    http.server_close()
-
-
 def view(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tunesmith.cli", "wandb-view", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment(extra))
 
 
-def test_a_workspace_is_saved(wandb_server: tuple[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    address, seen = wandb_server
-    account = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path)}
-    done = view("lights", "--quality", "test/slot_f1", **account)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{address}/somebody/lights?nw=abc"
-    (sent,) = [one["variables"] for one in seen if "upsertView" in one["query"]]
-    assert (sent["entityName"], sent["projectName"]) == ("somebody", "lights")
-    spec = sent["spec"]
-    for part in ("Parallel Coordinates Plot", "Parameter Importance", "Run Comparer", "config:optim.value.lr", "summary:run/cost", "summary:test/slot_f1"):
-        assert part in spec
-    refused = view("lights", "--entity", "me", WANDB_BASE_URL=address, HOME=str(tmp_path))
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert refused.stderr.splitlines()[-1].startswith("tunesmith: wandb-view lights: ")
+def test_a_workspace_is_saved(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        done = view("lights", "--quality", "test/slot_f1", HOME=str(tmp_path), **server.environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"{server.url}/somebody/lights?nw=abc"
+        (sent,) = server.sent("upsertView")
+        assert (sent["entityName"], sent["projectName"]) == ("somebody", "lights")
+        spec = sent["spec"]
+        for part in ("Parallel Coordinates Plot", "Parameter Importance", "Run Comparer", "config:optim.value.lr", "summary:run/cost", "summary:test/slot_f1"):
+            assert part in spec
+        refused = view("lights", "--entity", "me", WANDB_BASE_URL=server.url, HOME=str(tmp_path))
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert refused.stderr.splitlines()[-1].startswith("tunesmith: wandb-view lights: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -235,6 +236,21 @@ def test_a_bad_stand_in_is_explained(monkeypatch: pytest.MonkeyPatch, text: str)
     assert this_machine().device_names == ("Tesla T4",)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="that memory is kept is told to glibc")
+@pytest.mark.parametrize(("on_cpu", "pages"), [(False, 16384), (True, 0)])
+def test_on_a_cpu_freed_memory_is_taken_again(on_cpu: bool, pages: int) -> None:
+    code = f"""if True:
+        from resource import RUSAGE_SELF, getrusage
+        from tunesmith.hardware import prepare_environment
+        prepare_environment(on_cpu={on_cpu})
+        for _ in range(2):
+            before = getrusage(RUSAGE_SELF).ru_minflt
+            b"x" * (1 << 26)
+        print(getrusage(RUSAGE_SELF).ru_minflt - before)"""
+    faults = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert abs(faults - pages) < 100, "64 MiB are 16,384 pages, each cleared by the system when it is first written to"
+
+
 # --- peaks ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,10 +283,10 @@ def test_measured_peak_is_kept(tmp_path: Path) -> None:
     peak, note = peak_flops("table", cpu, "fp32", 1)
     assert peak is not None
     assert 1e9 < peak < 1e13, "a core does between 1 GFLOPS and 10 TFLOPS"
-    assert note == "measured: fp32 matmul on Toy"
+    assert note in ("measured: fp32 matmul on Toy", "measured: fp32 matmul by oneDNN on Toy")
     cache = tmp_path / "cache" / "tunesmith"
     assert [path.name for path in cache.iterdir()] == ["peaks.json"], "written through a temporary file that is gone"
-    assert list(json.loads((cache / "peaks.json").read_text()).values()) == [peak]
+    assert peak in json.loads((cache / "peaks.json").read_text()).values()
     assert peak_flops("measure", cpu, "fp32", 1, measure=False)[0] == peak, "the second time nothing is run"
     assert peak_flops("table", cpu, "fp32", 2, measure=False) == waiting, "other threads, other peak"
     assert peak_flops("table", T4, "fp32", 2, measure=False, cpu=True)[1].endswith("some CPU"), "cards, but on the CPU"

@@ -18,14 +18,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, environment
+from tests.wandb_server import ACCOUNT, WandbServer
 from tunesmith.config import Config, Tracker, TrackerKind, TrackerMode
 from tunesmith.metrics import Meter, Rate, meter, open_sinks, read_metrics
 from tunesmith.metrics.sinks import Console, JsonLines, Sinks, WandbSink
@@ -393,7 +394,7 @@ from tunesmith.metrics.sinks import WandbSink, open_sinks
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 
-run, mode, go_on = Path(sys.argv[1]), TrackerMode[sys.argv[2]], Path(sys.argv[5])
+run, mode, go_on, first = Path(sys.argv[1]), TrackerMode[sys.argv[2]], Path(sys.argv[5]), int(sys.argv[6])
 init_timeout_s, WandbSink.CLOSE_S = float(sys.argv[3]), float(sys.argv[4])
 run.mkdir(exist_ok=True)
 config = Config(name="demo", tracker=Tracker(TrackerKind.wandb, mode, init_timeout_s=init_timeout_s))
@@ -401,7 +402,7 @@ config.model.path, config.data.train = "models/tiny", "train.json"
 start, logged = time.perf_counter(), []
 with open_sinks(config, RunFolder(run, World()), 5, 0) as sinks:
     opened = time.perf_counter() - start
-    for step in range(1, 6):
+    for step in range(first, first + 5):
         before = time.perf_counter()
         sinks.log(step, {"train/loss": 1 / step})
         logged.append(time.perf_counter() - before)
@@ -414,69 +415,23 @@ print(json.dumps({"open_s": opened, "log_s": sorted(logged), "close_s": time.per
 
 
 def trainer(
-    run: Path, mode: str = "online", init_timeout_s: float = 1.0, close_s: float = 20.0, go_on: Path = ROOT, **extra: str
+    run: Path, mode: str = "online", init_timeout_s: float = 1.0, close_s: float = 20.0, go_on: Path = ROOT, first: int = 1, **extra: str
 ) -> subprocess.Popen[str]:
-    """A process that logs five steps to W&B as a training does, and ends once the file `go_on` is there."""
+    """A process that logs five steps, from `first` on, to W&B as a training does, and ends once the file `go_on` is there."""
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(init_timeout_s), str(close_s), str(go_on)],
+        [sys.executable, "-W", "error", "-c", TRAINER, str(run), mode, str(init_timeout_s), str(close_s), str(go_on), str(first)],
         cwd=run.parent, env=environment(extra), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
-ACCOUNT = {"WANDB_API_KEY": "0" * 40}
 EXPECTED = {step: 1 / step for step in range(1, 6)}
 
 
-class Server(BaseHTTPRequestHandler):
-    """As much of a W&B server as a run needs; `dies_at` is a path that it does not live to answer, `seen` what it was sent."""
-
-    protocol_version = "HTTP/1.1"
-    delay_s = 0.0
-    dies_at = "nothing"
-    seen: list[str]
-    closing: threading.Event
-
-    def do_POST(self) -> None:
-        self.close_connection = True
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode(errors="replace")
-        self.seen.append(f"{self.path} {body}")
-        self.closing.wait(None if any(self.dies_at in request for request in self.seen) else self.delay_s)
-        answer = json.dumps(self.answer(body)).encode()
-        with suppress(OSError):  # the client has given up
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-    do_PUT = do_GET = do_POST
-
-    def answer(self, body: str) -> dict[str, Any]:
-        if "upsertBucket" in body:
-            project = {"id": "p", "name": "tunesmith", "entity": {"id": "e", "name": "somebody"}}
-            bucket = {"id": "b", "name": "run", "displayName": "run", "config": "{}", "project": project, "historyLineCount": 0}
-            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-        if "createRunFiles" in body:
-            url = f"http://127.0.0.1:{self.server.server_address[1]}/"
-            files = [{"name": name, "uploadUrl": url} for name in json.loads(body)["variables"]["files"]]
-            return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
-        return {"data": {}}
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
-    """The address of a loopback W&B server and what it was sent; its parameter: attributes of Server."""
-    attributes = {"seen": [], "closing": threading.Event(), **getattr(request, "param", {})}
-    http = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisServer", (Server,), attributes))
-    http.daemon_threads = True
-    http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up is what is tested
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_address[1]}", attributes["seen"]
-    attributes["closing"].set()
-    http.shutdown()
-    http.server_close()
+def server(request: pytest.FixtureRequest) -> Iterator[WandbServer]:
+    """A loopback W&B server; its parameter: how it misbehaves."""
+    with WandbServer(**getattr(request, "param", {})) as one:
+        yield one
 
 
 def check(process: subprocess.Popen[str], run: Path, close_s: float, within_s: float = 40) -> str:
@@ -505,7 +460,7 @@ def is_offline(run: Path) -> None:
 
 
 @pytest.mark.parametrize("server", [{"delay_s": 3.0}], indirect=True, ids=["3 s an answer"])
-def test_refused_silent_slow_or_without_a_key(server: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_refused_silent_slow_or_without_a_key(server: WandbServer, tmp_path: Path) -> None:
     """Side by side, as each of them waits most of the time; a socket that listens and is never accepted from is silent."""
     with socket.socket() as closed, socket.socket() as silent:
         closed.bind(("127.0.0.1", 0))
@@ -514,7 +469,7 @@ def test_refused_silent_slow_or_without_a_key(server: tuple[str, list[str]], tmp
         cases = {
             "refused": ACCOUNT | {"WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}"},
             "silent": ACCOUNT | {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"},
-            "slow": ACCOUNT | {"WANDB_BASE_URL": server[0]},
+            "slow": server.environment,
             "no key": {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"},
         }
         processes = {name: trainer(tmp_path / name, **extra) for name, extra in cases.items()}
@@ -526,28 +481,32 @@ def test_refused_silent_slow_or_without_a_key(server: tuple[str, list[str]], tmp
 
 
 @pytest.mark.parametrize("server", [{"dies_at": "/file_stream"}], indirect=True, ids=["when numbers come"])
-def test_a_server_that_dies_under_way(server: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, seen = server
+def test_a_server_that_dies_under_way(server: WandbServer, tmp_path: Path) -> None:
     go_on = tmp_path / "go-on"
-    process = trainer(tmp_path / "run", init_timeout_s=15.0, close_s=2.0, go_on=go_on, WANDB_BASE_URL=address, **ACCOUNT)
-    wait_for(lambda: any("/file_stream" in request for request in seen), 30)
+    process = trainer(tmp_path / "run", init_timeout_s=15.0, close_s=2.0, go_on=go_on, **server.environment)
+    wait_for(lambda: any("/file_stream" in request for request in server.seen), 30)
     go_on.touch()
     said = check(process, tmp_path / "run", close_s=2 + 8)
     assert "tracker.mode=online: not finished after 2 s — for the rest: wandb sync" in said
     is_offline(tmp_path / "run")
 
 
-def test_a_server_that_works(server: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, seen = server
-    process = trainer(tmp_path / "run", init_timeout_s=15.0, WANDB_BASE_URL=address, **ACCOUNT)
+def test_a_server_that_works(server: WandbServer, tmp_path: Path) -> None:
+    """And a run that goes on later is the same run to it, with only what is new."""
+    process = trainer(tmp_path / "run", init_timeout_s=15.0, **server.environment)
     said = check(process, tmp_path / "run", close_s=20)
     assert "offline" not in said
     assert records(tmp_path / "run") == []
     (rows,) = records(tmp_path / "run", kind="run")
     assert losses(rows) == EXPECTED
-    sent = [json.loads(request.partition(" ")[2]) for request in seen if "/file_stream " in request]
-    lines = [json.loads(line) for part in sent for line in part.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])]
-    assert {line["_step"]: line["train/loss"] for line in lines} == EXPECTED
+    ((name, run),) = server.runs.items()
+    assert {line["_step"]: line["train/loss"] for line in run.lines} == EXPECTED
+    again = trainer(tmp_path / "run", init_timeout_s=15.0, first=6, **server.environment)
+    _, err = again.communicate(timeout=40)
+    assert again.returncode == 0, err
+    assert list(server.runs) == [name] and server.opened(name) == 2
+    assert [line["_step"] for line in run.lines] == list(range(1, 11))
+    assert run.exit_codes == [0, 0] and run.summary["test/slot_f1"] == 0.9
 
 
 def test_a_killed_training_loses_nothing(tmp_path: Path) -> None:
@@ -563,6 +522,14 @@ def test_a_killed_training_loses_nothing(tmp_path: Path) -> None:
     assert of_type("exit", rows)[-1]["exit_code"] == 1
 
 
+def is_for(process: psutil.Process, run: Path) -> bool:
+    """Whether it is the process that hands a run's numbers to W&B."""
+    with suppress(psutil.Error):
+        words = process.cmdline()
+        return len(words) > 1 and words[1].endswith("to_wandb.py") and any(str(run) in file.path for file in process.open_files())
+    return False
+
+
 def test_signals_are_for_training(tmp_path: Path) -> None:
     """SIGTERM and SIGUSR1 to all processes of a job do not end W&B's; SIGINT there is W&B's stop button and is passed on."""
     asked = threading.Event()
@@ -572,8 +539,11 @@ def test_signals_are_for_training(tmp_path: Path) -> None:
         record = JsonLines(tmp_path / "metrics.jsonl")
         sink = WandbSink(config, tmp_path, {})
         wait_for(lambda: any(tmp_path.glob("wandb/*/*.wandb")), 30)
+        wait_for(lambda: any(is_for(process, tmp_path) for process in psutil.process_iter()), 10)
+        (wandb,) = (process for process in psutil.process_iter() if is_for(process, tmp_path))
+        assert wandb.ppid() != os.getpid(), "who ends training with all its descendants does not end this"
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            sink._process.send_signal(number)
+            wandb.send_signal(number)
         record.log(1, {"train/loss": 1.0})
         wait_for(asked.is_set, 10)
         record.close({}, completed=True)

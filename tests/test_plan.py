@@ -41,7 +41,8 @@ from tunesmith.plan import (
     trained_weights,
 )
 from tunesmith.plan.checks import changed
-from tunesmith.plan.memory import GIB
+from tunesmith.plan.memory import FRAGMENTS, GIB, setting_of
+from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import KNOWN, ModelShape
 from tunesmith.plan.table import fits, plan_text, planned_machine
 
@@ -243,20 +244,24 @@ def test_checkpointing_and_shorter_batches_save_activations() -> None:
     assert again["activations"] < plain["activations"] / 5
     assert all(again[name] == plain[name] for name in ("weights", "gradients", "optimizer"))
     assert gib_of(tokens=1024)["activations"] * 2 == pytest.approx(plain["activations"])
-    assert gib_of(tokens=1024)["logits"] * 2 == pytest.approx(plain["logits"])
+    assert gib_of(tokens=1024)["logits"] == plain["logits"] > 0, "a piece of them at a time"
 
 
 def test_a_published_peak_is_met() -> None:
     """PEFT's public comparison has Llama-3.2-3B, bf16, LoRA r=32 on q and v, at 20.8 GB with 4 x 768 tokens.
 
-    Its loss makes logits at every position, and its peak comes from the longest batch.
+    Its loss makes logits at every position, all together, and its peak comes from the longest batch.
     """
     config = config_of(
         method__r=32, method__targets=["q_proj", "v_proj"], precision__compute=Compute.bf16,
         engine__kind=EngineKind.accelerate,
     )  # fmt: skip
-    parts = memory_gib(KNOWN["llama-3.2-3b"], config, 1, 4 * 768, targets=4 * 768)
-    assert sum(parts.values()) * GIB / 1e9 == pytest.approx(20.8, rel=0.1)
+    shape, tokens = KNOWN["llama-3.2-3b"], 4 * 768
+    ours = memory_gib(shape, config, 1, tokens, targets=tokens)
+    settings = (replace(setting_of(shape, config), whole_logits=some) for some in (False, True))
+    pieces, whole = (sum(size for _, size in replayed(shape, setting, tokens, tokens).at_peak) for setting in settings)
+    assert sum(ours.values()) * GIB / 1e9 + (1 + FRAGMENTS) * (whole - pieces) / 1e9 == pytest.approx(20.8, rel=0.1)
+    assert whole - pieces > 4e9, "what it takes to have them together"
 
 
 # --- batch arithmetic ----------------------------------------------------------------------------------------------
@@ -760,17 +765,18 @@ def test_disk_is_what_a_run_keeps() -> None:
 
 
 def test_what_zero_sends() -> None:
-    """ZeRO 3 sends all weights twice a micro-batch; over PCI Express that is the step."""
+    """ZeRO 3 sends weights for each forward and each backward, but those that stay in between; over PCI Express that is the step."""
     config = config_of(**ON_A10, model__known_as="qwen3-0.6b", method__kind=FULL, train__micro_batch=1)
     sent = {}
     for zero in range(4):
         config.engine.zero = zero
         sent[zero] = make_plan(config, A10S, 4).time["communication"]
-    weights = KNOWN["qwen3-0.6b"].total_weights * 2 * 3 / 4 / (31.5e9 * 0.75)
+    total = KNOWN["qwen3-0.6b"].total_weights
+    weights = total * 2 * 3 / 4 / (31.5e9 * 0.75)
     assert sent[0] == pytest.approx(2 * weights)
-    assert sent[1] == pytest.approx(2 * weights)
-    assert sent[2] == pytest.approx((4 + 1) * weights), "reduced after each of four micro-batches"
-    assert sent[3] == pytest.approx(4 * 3 * weights)
+    assert sent[1] == pytest.approx(3 * weights), "reduced on every rank, and gathered after the update"
+    assert sent[2] == pytest.approx((4 * 2 + 1) * weights), "reduced after each of four micro-batches"
+    assert sent[3] == pytest.approx(4 * (3 - 500e6 / total) * weights), "half of DeepSpeed's reuse distance stays gathered"
 
 
 def test_predicted_beside_measured() -> None:
@@ -788,9 +794,9 @@ def test_predicted_beside_measured() -> None:
 def test_the_plan_chooses_the_fastest_that_fits() -> None:
     config = config_of(**ON_A10, model__known_as="qwen2.5-1.5b", engine__fit=True, engine__zero=3, engine__checkpointing=True)
     chosen = make_plan(config, A10S, 4)
-    assert (chosen.config.engine.zero, chosen.config.engine.checkpointing, chosen.config.engine.offload) == (1, False, False)
-    assert chosen.notes[0].startswith("engine.fit: DeepSpeed ZeRO 1 is the fastest of ")
-    assert chosen.deepspeed["zero_optimization"]["stage"] == 1
+    assert (chosen.config.engine.zero, chosen.config.engine.checkpointing, chosen.config.engine.offload) == (0, False, False)
+    assert chosen.notes[0].startswith("engine.fit: DeepSpeed ZeRO 0 is the fastest of ")
+    assert chosen.deepspeed["zero_optimization"]["stage"] == 0
     assert chosen.run_id == run_id(config), "what is chosen may change when the data is counted; the folder stays"
     for choice in engine_choices(config, 4):
         other = changed(config, {"engine.fit": False, **choice})

@@ -25,7 +25,7 @@ from tunesmith.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
 PLACE = Place(Path("/shared/me/outputs/x/job/0a1b2c3d"), Path("/shared/me"), Path("/shared/me/.venv/bin/python"), "5f0e")
-ACCEPT = "TUNESMITH_ACCEPT=1 python -m pytest tests/test_slurm.py -k golden"
+ACCEPT = "TUNESMITH_ACCEPT=1 python -m pytest tests/test_slurm.py tests/test_scaling.py -k golden"
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -18,6 +21,7 @@ from tests.conftest import ROOT, environment
 from tunesmith.compose import choices, compose
 from tunesmith.config import Refusal
 from tunesmith.hardware import Machine
+from tunesmith.metrics import read_metrics
 
 QUIET = ["engine=accelerate", "eval.before=false", "eval.after=false"]
 SMALL = Machine(kind="cpu", cores=2, ram_gib=16.0)
@@ -129,6 +133,31 @@ def test_a_failed_trial_keeps_none_from_running_and_what_is_complete_is_not_run_
     assert "trial 1 of 2: nan" in again.stdout
     assert "trial 2 of 2: completed" in again.stdout and "was complete" in again.stdout
     assert records == {path: path.read_bytes() for path in records}
+
+
+@pytest.mark.launch
+def test_submitit_runs_trials_of_hydra_s_own_m(overrides: list[str], tmp_path: Path) -> None:
+    """Side by side in jobs of submitit's: one diverges, which is a line; the other is preempted, saves, and goes on in the queue's next start."""
+    outputs = tmp_path / "outputs"
+    words = [*overrides, *QUIET, "train.steps=150", "optim.warmup_steps=0", "optim.lr=1e30,1e-2"]
+    full = [sys.executable, "train.py", "-m", "hydra/launcher=submitit_local", *words]
+    sweep = subprocess.Popen(full, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (trains := [path for path in outputs.glob("*/*/metrics.jsonl") if len(read_metrics(path)) > 2]):
+        assert sweep.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    trial = psutil.Process(json.loads(trains[0].with_name("status.json").read_text())["pid"])
+    for process in (trial, trial.parent()):  # Slurm signals every process of a job's steps
+        process.send_signal(signal.SIGUSR2)
+    said, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, said
+    assert "Traceback" not in said
+    (told,) = (line for line in said.splitlines() if line.startswith("tunesmith: "))
+    assert "optim.lr=1e" in told and ": nan, FloatingPointError: step 2: loss nan" in told
+    assert sorted(states(outputs).values()) == ["completed", "nan"], said
+    assert [row["step"] for row in read_metrics(trains[0])] == list(range(1, 151))
+    logs = "".join(path.read_text() for path in outputs.glob(".submitit/*/*_log.*"))
+    assert f"stopped by signal {int(signal.SIGUSR2)} after step" in logs and "Requeued job" in logs
 
 
 # --- W&B's sweeps --------------------------------------------------------------------------------------------------

@@ -123,14 +123,16 @@ def add_comparing(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def look_at_runs(asked: argparse.Namespace) -> None:
     """The runs below a folder, as a table or for programs."""
-    from tunesmith.compare import find_runs, glance, runs_below
+    from tunesmith.compare import Glance, find_runs, glance
     from tunesmith.report.terminal import show_runs
 
-    find_runs([str(asked.folder)])  # refuses where there is none
+    def glances() -> list[Glance]:
+        return [glance(run) for run in find_runs([str(asked.folder)])]
+
     if not asked.json:
-        show_runs(lambda: [glance(run) for run in runs_below(asked.folder)], asked.watch)
+        show_runs(glances, asked.watch)
         return
-    found = [vars(glance(run)) for run in runs_below(asked.folder)]
+    found = [vars(one) for one in glances()]
     plain = [{key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in one.items()} for one in found]
     print(json.dumps(plain, indent=1, ensure_ascii=False))
 

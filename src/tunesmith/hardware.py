@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -11,11 +12,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock
 
+from tunesmith import matmul
 from tunesmith.config import Refusal
 
 GIB = 2**30
@@ -157,6 +160,18 @@ def prepare_environment(on_cpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and later forks do not go together
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for cards that are not to be used, and say so
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next tensor: it would give large blocks back, and the system clears each page of new ones.
+
+    7 % of a step on a CPU, for at most a few percent of memory (docs/log.md). Other C libraries and allocators are left alone.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX: no block of its own mapping; M_TRIM_THRESHOLD: free bytes at the end that are kept
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def this_machine() -> Machine:
@@ -300,9 +315,11 @@ def peak_flops(
             return None, f"unknown: the {card.key} has no {dtype} units"
         return card.peak[dtype], f"table: {card.source} ({card.key}, {dtype}, dense)"
     device = "cpu" if on_cpu else "cuda"
-    if not measure and _cached_peaks().get(_peak_key(name, dtype, threads)) is None:
+    keys = {_peak_key(name, dtype + by, threads) for by in _libraries(dtype, on_cpu=on_cpu)}
+    if not measure and not keys <= _cached_peaks().keys():
         return None, f"measured when the run starts: a {dtype} matmul on {name or 'this CPU'}"
-    return measure_peak(dtype, device, threads, name), f"measured: {dtype} matmul on {name or 'this CPU'}"
+    peak, by = measure_peak(dtype, device, threads, name)
+    return peak, f"measured: {dtype} matmul{by} on {name or 'this CPU'}"
 
 
 def given_peak(setting: str) -> float:
@@ -318,37 +335,50 @@ def given_peak(setting: str) -> float:
     return value
 
 
-def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> float:
-    """FLOPS of the best of five square matmuls, kept in the user's cache folder for the next run.
+def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> tuple[float, str]:
+    """FLOPS of the best of five square matmuls, kept in the user's cache folder for the next run, and by which library if not torch's own.
 
     device is cpu or cuda; threads: CPU threads used, 0 for torch's own choice. A measurement belongs to a device name,
     type, thread count and torch version. 2048 on a CPU is 17 GFLOP, a few tenths of a second; 8192 on a card 1.1 TFLOP.
+    On a CPU fp32 is measured by torch's own library and by oneDNN, and the one that `take_faster_matmul` takes counts.
     """
     import torch
 
     on_cpu = device == "cpu"
     name = name or (_cpu_name() if on_cpu else torch.cuda.get_device_name(device))
-    key = _peak_key(name, dtype, threads)
-    if key in (known := _cached_peaks()):
-        return known[key]
-    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    size = 2048 if on_cpu else 8192
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-        best_s = float("inf")
-        for attempt in range(6):  # the first warms up
-            start_s = time.perf_counter()
-            left @ right
-            if not on_cpu:
-                torch.cuda.synchronize()
-            best_s = min(best_s, time.perf_counter() - start_s) if attempt else best_s
-    finally:
-        torch.set_num_threads(before)
-    _remember(key, peak := 2 * size**3 / best_s)
-    return peak
+    keys = {by: _peak_key(name, dtype + by, threads) for by in _libraries(dtype, on_cpu=on_cpu)}
+    known, before = _cached_peaks(), torch.get_num_threads()
+    if not set(keys.values()) <= known.keys():
+        kind, size = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype], 2048 if on_cpu else 8192
+        seconds = {by: float("inf") for by in keys}
+        torch.set_num_threads(threads or before)
+        try:
+            left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+            # By turns, so that what else the machine does slows both. The first round warms up.
+            for attempt, by in product(range(6), [by for by in keys if not by or matmul.has_onednn()]):
+                start_s = time.perf_counter()
+                matmul.by_onednn(left, right) if by else left @ right
+                if not on_cpu:
+                    torch.cuda.synchronize()
+                seconds[by] = min(seconds[by], time.perf_counter() - start_s) if attempt else seconds[by]
+        finally:
+            torch.set_num_threads(before)
+        for by, key in keys.items():
+            known[key] = 2 * size**3 / seconds[by]  # 0 where there is no oneDNN
+            _remember(key, known[key])
+    own, *other = ((known[key], by) for by, key in keys.items())
+    return next((one for one in other if one[0] > matmul.FASTER * own[0]), own)
+
+
+def _libraries(dtype: str, *, on_cpu: bool) -> tuple[str, ...]:
+    """By what a matmul can be done, as the end of a measurement's name: nothing is torch's own."""
+    return ("", " by oneDNN") if on_cpu and dtype == "fp32" else ("",)
+
+
+def take_faster_matmul(threads: int) -> None:
+    """Let this process multiply fp32 matrices on the CPU by the library that was measured to be faster here."""
+    if measure_peak("fp32", "cpu", threads)[1]:
+        matmul.take_onednn()
 
 
 def measure_cpu(setting: str, machine: Machine, dtype: str, threads: int) -> None:

@@ -28,6 +28,7 @@ GRACE_S = 3.0
 CONNECT_S = 20.0
 
 _line: socket.socket | None = None
+_said = False
 
 
 def hold() -> None:
@@ -56,6 +57,8 @@ def _follow(line: socket.socket) -> None:
     with suppress(OSError):
         while (word := line.recv(1)) == SAVE:
             os.kill(os.getpid(), signal.SIGUSR1)
+    if _said:  # the launcher closes its end then, and this process is about to go
+        return
     if word != END:  # nobody is left to start this run again, so what is done is saved
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_S if word == END else ORPHAN_S)
@@ -64,7 +67,9 @@ def _follow(line: socket.socket) -> None:
 
 def say(code: int) -> None:
     """Tell the launcher how this process ends: its exit code, or AGAIN."""
+    global _said
     if _line is not None:
+        _said = True
         with suppress(OSError):
             _line.sendall(bytes([code]))
 

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,11 +54,19 @@ class Stopped(Exception):
 
 
 class TrialFailed(Exception):
-    """A trial of Hydra's own sweep came to nothing, which has been said; Hydra raises it when the others are done."""
+    """A trial of Hydra's own sweep came to nothing; Hydra raises it when the others are done, also one of a job of submitit's."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.said_by = os.getpid()
+        """The process that has said so; it stays when this is pickled."""
 
 
 class RunFolder:
     """outputs/NAME/ID and the small files in it; only rank 0 writes, except errors."""
+
+    LAST_WORD_S = 45.0
+    """How long other ranks wait for rank 0 to say how the run ended: twice the 20 s that W&B may take, online and then offline."""
 
     def __init__(self, path: Path, world: World):
         self.path = path
@@ -166,6 +174,15 @@ class RunFolder:
             record = {**self.status(), "state": state, "updated": round(time.time()), **facts}
             write_json(self.path / "status.json", {name: value for name, value in record.items() if value is not None})
 
+    def wait_for_last_word(self) -> None:
+        """On other ranks of a run that is stopped: wait until rank 0 has closed its sinks and says how it ended.
+
+        Launchers end all ranks once one has left, some in half a minute, and rank 0 may have W&B to wait for.
+        """
+        until = time.monotonic() + self.LAST_WORD_S
+        while not self.world.is_main and self.status().get("state") == "running" and time.monotonic() < until:
+            time.sleep(0.1)
+
     def complete(self, steps: int, ended: str, samples: Sequence[Mapping[str, str]]) -> None:
         """Mark the run as done after so many updates, say why it ended, and print the table of before and after."""
         if not self.world.is_main:
@@ -180,7 +197,7 @@ class RunFolder:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 raise a flag that the loop looks at once a step; nothing is saved inside a handler."""
+    """SIGTERM, SIGINT, SIGUSR1 and submitit's SIGUSR2 raise a flag that the loop looks at once a step; no handler saves anything."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     AGAIN_S = 1.0
@@ -190,7 +207,7 @@ class StopSignal:
         self.asked = 0
         self._armed = False
         self._seen: dict[int, float] = {}
-        for number in self.SIGNALS:
+        for number in (*self.SIGNALS, signal.SIGUSR2):
             signal.signal(number, self._handle)
         lifeline.hold()
 
@@ -227,9 +244,11 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
         yield folders
     except Stopped as stopped:
         for folder in folders:
-            folder.set_status("preempted" if stopped.by == signal.SIGUSR1 else "stopped", step=stopped.step)
-        if world.is_main:
-            print(f"tunesmith: {stopped}", file=sys.stderr)
+            folder.wait_for_last_word()
+            folder.set_status("preempted" if stopped.by in (signal.SIGUSR1, signal.SIGUSR2) else "stopped", step=stopped.step)
+        with suppress(OSError):
+            if world.is_main:
+                print(f"tunesmith: {stopped}", file=sys.stderr)
         leave(STOPPED)
     except OutOfMemory as short:
         try:
@@ -275,8 +294,9 @@ def _looks_secondary(error: Exception) -> bool:
 def leave(code: int) -> None:
     """End the process now, with everything printed. Not sys.exit: a process group with a dead partner can hold the
     interpreter up for minutes, and gloo's threads were seen to abort its teardown after a good run (code 134)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it is gone
+            stream.flush()
     lifeline.say(code)
     os._exit(code)
 

@@ -93,7 +93,8 @@ def find_runs(words: Iterable[str]) -> list[Path]:
         runs = [run for folder in folders if folder.is_dir() for run in runs_below(folder)]
         if not runs:
             raise Refusal(f"{word}: no run in it (no config.yaml, no status.json) — name runs (outputs/NAME/ID) or folders of runs")
-        found |= {run.resolve(): run for run in runs}
+        for run in runs:
+            found.setdefault(run.resolve(), run)  # a search names its runs by links too
     return list(found.values())
 
 

@@ -127,15 +127,24 @@ def pack(lengths: Sequence[int], row: int) -> list[list[int]]:
 
     Some of these rows, packed again by themselves, come out the same: whatever did not fit then does not fit now.
     """
+    # The first row with room is found from the root of a tree in which each node has the most room of the two below it: a step
+    # for thousands of ranks fills thousands of rows, and to look at each of them would take the square of that.
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    most = [row] * (2 * leaves)  # rows that are not begun have all their room
     rows: list[list[int]] = []
-    room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        place = next((place for place, left in enumerate(room) if left >= lengths[number]), len(rows))
-        if place == len(rows):
+        length, node = lengths[number], 1
+        while node < leaves:
+            node *= 2
+            node += most[node] < length
+        if node - leaves == len(rows):
             rows.append([])
-            room.append(row)
-        rows[place].append(number)
-        room[place] -= lengths[number]
+        rows[node - leaves].append(number)
+        most[node] -= length
+        while node > 1:
+            node //= 2
+            left, right = most[2 * node], most[2 * node + 1]
+            most[node] = left if left > right else right
     return rows
 
 

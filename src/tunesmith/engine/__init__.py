@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tunesmith.config import Config, EngineKind
+from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.data.batches import MicroBatch
+from tunesmith.hardware import take_faster_matmul
 from tunesmith.model import TargetLoss, for_generation
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
@@ -159,6 +160,8 @@ def join(config: Config, world: World, device: torch.device, threads: int, resta
     os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, Accelerate sets torch's threads anew
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.precision.compute is Compute.fp32:
+        take_faster_matmul(threads)
     if dist.is_initialized():
         return
     address, port = rendezvous(world)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from tunesmith.metrics.totals import totals
 from tunesmith.plan import run_id
 from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
-from tunesmith.run import RunFolder, as_mapping
+from tunesmith.run import RunFolder, Stopped, as_mapping
 
 
 class Sink(Protocol):
@@ -41,9 +43,11 @@ class Sinks:
     def __enter__(self) -> Sinks:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if kind is not None:
+            self._summary["run/ended"] = str(error) if isinstance(error, Stopped) else f"{kind.__name__}: {error}"
         for sink in self.sinks:
-            self._attempt(sink, partial(sink.close, self._summary, error is None))
+            self._attempt(sink, partial(sink.close, self._summary, kind is None))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for sink in self.sinks:
@@ -206,7 +210,7 @@ class WandbSink:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Nothing to do but to see whether W&B is still there: its process reads the line from metrics.jsonl."""
-        if self._process.poll() is not None:
+        if self._outcome(0) is not None:
             self._go_offline()
 
     def close(self, summary: Mapping[str, Any], completed: bool) -> None:
@@ -218,15 +222,21 @@ class WandbSink:
     def _ended(self, last: Mapping[str, Any]) -> bool:
         """Whether W&B's process, told to end, has handed over everything in time."""
         self._tell(last)
-        try:
-            return self._process.wait(self.CLOSE_S if self._mode is TrackerMode.online else self.OFFLINE_S) == 0
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        outcome = self._outcome(self.CLOSE_S if self._mode is TrackerMode.online else self.OFFLINE_S)
+        if outcome is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # the process that it has left is in its group
             if self._mode is TrackerMode.online:
                 print(f"tracker.mode=online: not finished after {self.CLOSE_S:g} s — for the rest: {self._sync}", file=sys.stderr)
-            return False
-        finally:
-            self._forget()
+        self._forget()
+        return outcome == b"0"
+
+    def _outcome(self, within_s: float) -> bytes | None:
+        """What W&B's process has said last: b"0" when all is handed over, nothing if it ended without; None if it is at work."""
+        self._process.poll()
+        waiting = select.poll()  # select.select takes only the first 1,024 files of a process
+        waiting.register(self._said, select.POLLIN)
+        return self._said.read(1) if waiting.poll(within_s * 1000) else None
 
     def _go_offline(self) -> bool:
         """Read the record again into an offline run; False if that is what has failed."""
@@ -244,7 +254,13 @@ class WandbSink:
         environment.pop("WANDB_SERVICE", None)
         # By its path, as what lies in the working folder is not to be imported; in a session of its own, out of Ctrl-C's reach.
         program = Path(__file__).with_name("to_wandb.py")
-        self._process = subprocess.Popen([sys.executable, str(program)], stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        said, saying = os.pipe()
+        self._said = os.fdopen(said, "rb", buffering=0)
+        command = [sys.executable, str(program), str(saying)]
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, pass_fds=[saying])
+        finally:
+            os.close(saying)
         self._tell({**self._order, "init": {**self._order["init"], "mode": mode.value}, "otherwise": otherwise})
 
     def _tell(self, line: Mapping[str, Any]) -> None:
@@ -254,9 +270,10 @@ class WandbSink:
             self._process.stdin.flush()
 
     def _forget(self) -> None:
-        """Close the pipe to a process that has ended."""
+        """Close the pipes to a process that has ended."""
         with suppress(OSError):
             self._process.communicate()
+        self._said.close()
 
 
 def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
@@ -285,7 +302,9 @@ def hand_over_again(config: Config, folder: RunFolder) -> None:
     if not folder.world.is_main or config.tracker.kind is not TrackerKind.wandb or opened_by_agent() in ("", known.get("id")):
         return
     after = (read_json(folder.path / "evaluation.json") or {}).get("after", {})
-    with Sinks([WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})]) as sinks:
+    sink = WandbSink(config, folder.path, {**as_mapping(config), "run": facts(config, folder)})
+    sink.CLOSE_S += config.tracker.init_timeout_s  # no training goes on while W&B begins
+    with Sinks([sink]) as sinks:
         spent = totals(read_metrics(folder.path / "metrics.jsonl"), folder.world.size, config.hardware.price_per_h)
         sinks.summarise({**after, **spent, "run/ended": folder.status().get("ended", "")})
 

@@ -5,6 +5,7 @@ and can crash on an odd answer. In a process of its own none of that stops, dela
 lost when it is ended early: the record is there, and another process reads it again.
 
 stdin: a line with the order, and at the end a line with the summary. End of file instead means that training died.
+Argument: number of a pipe's writing end, which is written to once everything is handed over.
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ POLL_S = 0.5
 
 def main() -> None:
     """Follow the order on stdin; W&B's trouble ends with one line on stderr and exit code 1, at once."""
-    trainer = os.getppid()
+    outcome, trainer = int(sys.argv[1]), os.getppid()
+    os.set_inheritable(outcome, False)
+    # deepspeed ends a rank with all its descendants, and W&B's own program dies of any signal. A child of nobody is no descendant.
+    if os.fork():
+        os._exit(0)
     # A scheduler signals every process of a job, and training is the one that knows what to do about it. SIGINT is W&B's
     # stop button, as a terminal's Ctrl-C does not reach this session: training saves and stops.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, lambda *_: os.kill(trainer, signal.SIGINT) if os.getppid() == trainer else None)
+    gone = select.poll()
+    gone.register(0, 0)  # nothing but that the other end is closed
+    signal.signal(signal.SIGINT, lambda *_: None if gone.poll(0) else os.kill(trainer, signal.SIGINT))
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         order = json.loads(stdin.readline())
         try:
@@ -38,6 +45,7 @@ def main() -> None:
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             print(f"tracker.mode={order['init']['mode']}: {told} — {order['otherwise']}", file=sys.stderr, flush=True)
             os._exit(1)  # not sys.exit: the atexit hook would wait for the server
+    os.write(outcome, b"0")
 
 
 def start(order: Mapping[str, Any]) -> Any:
@@ -63,10 +71,10 @@ def follow(run: Any, order: Mapping[str, Any], stdin: BinaryIO) -> None:
             log_new(run, lines)
         read = lines.tell()
     last = json.loads(stdin.readline() or "null")
-    if last is None:  # nobody is left who would end this process
-        watchdog = threading.Timer(order["close_s"], os._exit, (1,))
-        watchdog.daemon = True
-        watchdog.start()
+    # Training would end this process if it takes too long, but may itself be gone by then.
+    watchdog = threading.Timer(order["close_s"] + (2 if last else 0), os._exit, (1,))
+    watchdog.daemon = True
+    watchdog.start()
     run.summary.update(last["summary"] if last else {})
     run.finish(exit_code=0 if last and last["completed"] else 1)
     wandb.teardown()  # only now is everything on disk, or sent

@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tunesmith.config import Base, Compute, Config, EngineKind, Int8, MethodKind, Refusal
@@ -22,6 +21,7 @@ from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
 from tunesmith.model.int8 import quantise_layers
 from tunesmith.model.linear import join_adapters
+from tunesmith.model.loss import Targets, measure_at_head
 from tunesmith.model.noise import with_noise
 from tunesmith.model.optimizers import make_optimizer, page_again
 from tunesmith.model.source import check_source, free_gib, model_folder
@@ -40,10 +40,13 @@ DTYPES = {Compute.fp32: torch.float32, Compute.fp16: torch.float16, Compute.bf16
 
 
 class TargetLoss(nn.Module):
-    """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only.
+    """The sum of the cross-entropies of a micro-batch's target tokens; logits exist at those positions only, and of few at a time.
 
     Labels are smoothed and embeddings get noise in training mode only.
     """
+
+    whole_logits = False
+    """All logits are made together, by a head that gives them: for who listens to it."""
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, neftune_alpha: float = 0.0):
         super().__init__()
@@ -54,18 +57,13 @@ class TargetLoss(nn.Module):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
         device = next(self.model.parameters()).device
-        logits = self._logits(batch, device)
-        if batch.rows is not None:
-            # Where a common beginning parts, one position has several next tokens. index_select adds up their gradients in a
-            # fixed order; an index that names a position twice would let the threads decide, and runs would differ in bits.
-            logits = logits.index_select(0, batch.rows.to(device))
-        smoothing = self.label_smoothing if self.training else 0.0  # held-out losses stay comparable
-        losses = F.cross_entropy(logits.float(), batch.labels.to(device), reduction="none", label_smoothing=smoothing)
-        loss = losses @ batch.counts.to(device)
+        targets = Targets(batch, self.label_smoothing if self.training else 0.0)  # held-out losses stay comparable
+        with nullcontext() if self.whole_logits else targets.asked():
+            loss = targets.loss(self._logits(batch, device))
         return loss if batch.weight else loss * 0.0
 
     def _logits(self, batch: MicroBatch, device: torch.device) -> torch.Tensor:
-        """Logits at the positions that predict targets, [positions, vocabulary]."""
+        """Logits at the positions that predict targets, [positions, vocabulary]; what their head answers where it is asked."""
         model, ids = self.model, batch.ids.to(device)
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         positions, predicting, segments = batch.positions, batch.predicting, batch.segments
@@ -142,6 +140,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     if config.method.kind is not MethodKind.full:
         model = with_adapters(model, config)
         join_adapters(model)
+    measure_at_head(model)
     for parameter in model.parameters():
         # fp16 gradients of fp16 weights cannot be unscaled, and small updates vanish in half precision.
         if parameter.requires_grad:

@@ -88,16 +88,17 @@ def ragged_attention(
     """
     if ragged is None:
         raise RuntimeError(f"{NAME} attention needs the layout of the micro-batch (keyword `ragged`)")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+    # Squeezed and split, not indexed and sliced: backward of those fills a tensor with zeros for each, and adds them up.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
     shared = q.shape[1] // k.shape[1]
     grouped = shared > 1 and _flash_serves(q)
     if shared > 1 and not grouped:
         k, v, first_k, first_v = (x.repeat_interleave(shared, dim=1) for x in (k, v, first_k, first_v))
-    done = []
-    for box in ragged:
-        box_q, box_k, box_v = (_fill(x[box.start : box.stop], box) for x in (q, k, v))
+    done, sizes = [], [box.stop - box.start for box in ragged]
+    for box, *parts in zip(ragged, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
+        box_q, box_k, box_v = (_fill(part, box) for part in parts)
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
             ck, cv = (torch.cat(parts)[None].transpose(1, 2) for parts in outer)

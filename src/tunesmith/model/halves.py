@@ -15,6 +15,7 @@ from tunesmith.model.adapters import inner_model
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
+    from tunesmith.model import TargetLoss
 
 LARGEST = 65504.0
 """Largest number of fp16: (2 - 2^-10) x 2^15."""
@@ -39,7 +40,7 @@ class Range:
 
 
 @torch.no_grad()
-def widest(module: nn.Module, batch: MicroBatch) -> Range:
+def widest(module: TargetLoss, batch: MicroBatch) -> Range:
     """Run a micro-batch forward and look at what each linear layer and each norm reads and gives."""
     seen: list[Range] = []
     watched = [(name, part) for name, part in module.named_modules() if _is_watched(part)]
@@ -64,8 +65,10 @@ def widest(module: nn.Module, batch: MicroBatch) -> Range:
     was_training = module.training
     try:
         module.eval()
+        module.whole_logits = True  # the head is one of those that are looked at
         module(batch)
     finally:
+        module.whole_logits = False
         for handle in handles:
             handle.remove()
         module.train(was_training)

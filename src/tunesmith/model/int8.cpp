@@ -66,7 +66,7 @@ extern "C" void dequantise(const int32_t* sums, const float* row_scale, const fl
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const int32_t* from = sums + row * columns;
-    float* to = out + row * columns;
+    float* to = out + row * columns;  // may be where `from` is
     const float scale = row_scale[row] * norm;
     for (int64_t i = 0; i < columns; i++) to[i] = static_cast<float>(from[i]) * (column_scale ? scale * column_scale[i] : scale);
     rotate(to, columns, block);

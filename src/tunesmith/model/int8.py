@@ -86,9 +86,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight, scales)
-        y = x.new_empty(*x.shape[:-1], len(weight))
-        multiply(x.flatten(0, -2), weight, scales, bias, y.flatten(0, -2))
-        return y
+        return multiply(x.flatten(0, -2), weight, scales, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -99,18 +97,16 @@ class _Product(torch.autograd.Function):
         return of_x.view(*of_y.shape[:-1], -1), None, None, None
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = x W^T + bias: x [tokens, inputs] and out [tokens, outputs] of one type, weight and scales those of an Int8Linear."""
+def multiply(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias in x's type: x [tokens, inputs] gives [tokens, outputs], weight and scales those of an Int8Linear."""
     quantised, rows = _quantise(x, None)
-    _dequantise(_matmul(quantised, weight.t()), rows, scales, bias, out)
+    return _dequantise(_matmul(quantised, weight.t()), rows, scales, bias, x.dtype)
 
 
 def multiply_back(of_y: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """of_y W in of_y's type, [tokens, inputs]: what a row of the weight is scaled by goes into a column of of_y, before it is quantised."""
     quantised, rows = _quantise(of_y, scales)
-    out = of_y.new_empty(len(of_y), weight.shape[1])
-    _dequantise(_matmul(quantised, weight), rows, None, None, out)
-    return out
+    return _dequantise(_matmul(quantised, weight), rows, None, None, of_y.dtype)
 
 
 def quantise_layers(model: Any, device: torch.device) -> None:
@@ -160,16 +156,17 @@ def _quantise(x: torch.Tensor, by: torch.Tensor | None) -> tuple[torch.Tensor, t
     return quantised, scales
 
 
-def _dequantise(sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = rotated(sums * rows * columns) + bias: sums int32 [rows, columns]; columns None: 1, bias None: 0."""
-    native = _native() if out.dtype is torch.float32 and not out.is_cuda else None
+def _dequantise(
+    sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """rotated(sums * rows * columns) + bias in a type: sums int32 [rows, columns], whose memory it takes; columns None: 1, bias None: 0."""
+    native = _native() if dtype is torch.float32 and not sums.is_cuda else None
     if native is not None:
+        out = sums.view(torch.float32)  # a number at a time, where it was
         native.dequantise(_at(sums), _at(rows), _at(columns), _at(bias), _at(out), *_sizes(sums))
-        return
-    scaled = (_compiled(scaled_by_torch) if out.is_cuda else scaled_by_torch)(sums, rows, columns, out.dtype)
-    out.copy_(rotated(scaled))
-    if bias is not None:
-        out += bias
+        return out
+    out = rotated((_compiled(scaled_by_torch) if sums.is_cuda else scaled_by_torch)(sums, rows, columns, dtype))
+    return out if bias is None else out + bias
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +226,7 @@ def _native() -> ctypes.CDLL | None:
     if compiler is None:
         _warn("no C++ compiler here")
         return None
-    command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source)]
+    command = [compiler, "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
     # A cache may be shared by machines with other CPUs.
     made_from = "\n".join([source.read_text("utf-8"), *command[:-1], platform.platform(), _cpu()])
     library = cache_folder() / "native" / f"int8-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"

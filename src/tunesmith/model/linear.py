@@ -25,7 +25,8 @@ class _Joined(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inner = x.flatten(0, -2) @ a.to(x.dtype).t()
-        y = x.new_empty(*x.shape[:-1], len(weight))
+        shape = (*x.shape[:-1], len(weight))
+        y = torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one number long: the product takes its place
         ctx.save_for_backward(x, inner, weight, scales, a, b)
         ctx.scale = scale
         ctx.mark_non_differentiable(inner)
@@ -65,14 +66,12 @@ def joined(
     with torch.autocast(x.device.type, enabled=False):
         y, inner = cast("tuple[torch.Tensor, torch.Tensor]", _Joined.apply(x, weight, scales, a, b, scale))  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            out = y.detach().flatten(0, -2)
+            rows = x.flatten(0, -2)
             if scales is not None:
-                int8.multiply(x.flatten(0, -2), weight, scales, bias, out)
-            elif bias is None:
-                torch.mm(x.flatten(0, -2), weight.t(), out=out)
+                product = int8.multiply(rows, weight, scales, bias)
             else:
-                torch.addmm(bias, x.flatten(0, -2), weight.t(), out=out)
-            torch.addmm(out, inner, b.to(x.dtype).t(), alpha=scale, out=out)
+                product = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+            y.data = torch.addmm(product, inner, b.to(x.dtype).t(), alpha=scale, out=product).view(y.shape)
     return y
 
 

@@ -57,8 +57,10 @@ class Linears(Tape):
         if quantised == "int8" and not self.recording:
             self.pinned.append(x.block)
         size = x.size
+        self.heap.products += not self.stopped
 
         def run(_: list[Block], saved: object = saved) -> Gradients:
+            self.heap.products += wanted + trained
             dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
             gradient = self.block(size) if wanted else None
             del dequantised
@@ -76,23 +78,31 @@ class Linears(Tape):
 
     def in_int8(self, x: Value, outputs: int) -> Value:
         """x W^T in int8 (model/int8.py): nothing is kept; the product's integers are there beside it, and what is quantised."""
-        setting, size = self.setting, x.rows * x.width
-        x = self.cast(x, setting.compute) if setting.autocast else x
-        y = self.block(x.rows * outputs * x.bytes)
-        self.integers(x.rows, x.width, outputs)
+        x = self.cast(x, self.setting.compute) if self.setting.autocast else x
         bytes, rows, width = x.bytes, x.rows, x.width
+        y = self.integers(rows, width, outputs, bytes)
 
         def run(_: list[Block]) -> Gradients:
-            of_x = self.block(size * bytes)
-            self.integers(rows, outputs, width)
-            return (of_x,)
+            self.heap.products += 1
+            return (self.integers(rows, outputs, width, bytes),)
 
-        return self.apply((x,), x.rows, outputs, x.bytes, run, block=y)
+        return self.apply((x,), rows, outputs, bytes, run, block=y)
 
-    def integers(self, rows: float, inputs: float, outputs: float) -> None:
-        """An int8 matmul's quantised side with its scales, and its sums, which end with it."""
-        quantised, sums = self.block(rows * (inputs + 4), "buffers"), self.block(4 * rows * outputs, "buffers")
-        del quantised, sums
+    def integers(self, rows: float, inputs: float, outputs: float, bytes: int) -> Block:
+        """The product of an int8 matmul beside its quantised side; in fp32 it is written over the sums, else PyTorch's operators make it."""
+        turned = wide = None
+        if bytes != 4:
+            turned, wide = self.block(rows * inputs * bytes, "buffers"), self.block(3 * 4 * rows * inputs, "buffers")
+        quantised = self.block(rows * (inputs + 4), "buffers")
+        del turned, wide
+        sums = self.block(4 * rows * outputs)
+        if bytes == 4:
+            return sums
+        scaled = self.block((4 + bytes) * rows * outputs, "buffers")
+        del scaled, quantised
+        narrow = self.block(rows * outputs * bytes, "buffers")
+        del narrow
+        return self.block(rows * outputs * bytes)
 
     def linear(self, x: Value, linear: Linear, layer: int) -> Value:
         """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
@@ -121,7 +131,7 @@ class Linears(Tape):
         setting, (_, inputs, outputs) = self.setting, linear
         x = self.cast(x, setting.compute if setting.autocast else setting.adapter)
         bytes, rank, wanted, size = x.bytes, setting.rank, x.node is not None, x.size
-        casts = bytes != setting.adapter
+        casts, rows = bytes != setting.adapter, x.rows
 
         def narrowed(numbers: float) -> Block | None:
             return self.block(numbers * bytes, "buffers") if casts else None
@@ -129,12 +139,11 @@ class Linears(Tape):
         weight = narrowed(inputs * rank)
         inner = self.block(x.rows * rank * bytes)
         del weight
-        y = self.block(x.rows * outputs * bytes)
+        self.heap.products += 3
         if self.again and linear == self.shape.linears[-1]:
+            self.heap.products -= 2
             self.stopped = True
-            y = self.block(0)
-        if setting.quantised:
-            self.integers(x.rows, inputs, outputs)
+        y = self.integers(x.rows, inputs, outputs, bytes) if setting.quantised else self.block(x.rows * outputs * bytes)
         weight = narrowed(outputs * rank)
         del weight
 
@@ -143,13 +152,14 @@ class Linears(Tape):
             return self.block(numbers * setting.adapter, "gradients") if casts and gradient else gradient
 
         def run(_: list[Block], saved: tuple[Block, ...] = (x.block, inner)) -> Gradients:
+            self.heap.products += 3 + 2 * wanted
             weight = narrowed(outputs * rank)
             of_inner = self.block(saved[1].size)
             del weight
             of_weights = [grown(outputs * rank), grown(inputs * rank)]
-            of_x = self.block(size) if wanted else None
-            if wanted and setting.quantised:
-                self.integers(size / bytes / inputs, outputs, inputs)
+            of_x: Block | None = None
+            if wanted:
+                of_x = self.integers(rows, outputs, inputs, bytes) if setting.quantised else self.block(size)
             weight = narrowed(inputs * rank) if wanted else None
             del weight, of_inner
             while of_weights:

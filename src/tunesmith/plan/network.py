@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tunesmith.config import Config, EngineKind
+from tunesmith.config import Config, EngineKind, MethodKind
 from tunesmith.plan.memory import BUCKET, BYTES
 from tunesmith.plan.shapes import ModelShape
 
@@ -19,16 +19,31 @@ DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP sends together, its default."""
 
 
+REUSED = 1_000_000_000
+"""ZeRO 3 leaves a weight gathered when it is used again after fewer weights than this (DeepSpeed's stage3_max_reuse_distance)."""
+KEPT_WHOLE = 100_000
+"""A weight of fewer numbers stays whole under ZeRO 3 (DeepSpeed's stage3_param_persistence_threshold)."""
+
+
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends in a step."""
+    """What one rank sends in a step. Of a tensor a ring of n ranks sends (n - 1) / n for each collective; an all-reduce is two."""
 
-    sent: float
-    """Bytes. A ring sends (n - 1) / n of a tensor for a reduce-scatter or an all-gather, and twice that for an all-reduce."""
-    rings: int
+    reduced: float = 0.0
+    """Bytes for all-reduces."""
+    scattered: float = 0.0
+    """Bytes for reduce-scatters."""
+    gathered: float = 0.0
+    """Bytes for all-gathers."""
+    rings: int = 0
     """Reduce-scatters and all-gathers: each takes n - 1 hops one after the other."""
-    trees: int
+    trees: int = 0
     """All-reduces, which NCCL also does up and down a tree of the machines."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes of all of them."""
+        return self.reduced + self.scattered + self.gathered
 
     def seconds(self, world_size: int, local_size: int, link_bytes_per_s: float, network_bytes_per_s: float) -> float:
         """Of a step, if nothing overlaps.
@@ -45,20 +60,37 @@ class Traffic:
 
 
 def traffic(shape: ModelShape, config: Config, world_size: int, accumulation: int, trained: int) -> Traffic:
-    """What one of `world_size` ranks sends in a step of `accumulation` micro-batches, when `trained` weights are updated."""
+    """What one of `world_size` ranks sends in a step of `accumulation` micro-batches, when `trained` weights are updated.
+
+    `python -m bench.wire` holds it against the bytes on the wire of real ranks (docs/scaling.md).
+    """
     if world_size == 1:
-        return Traffic(0.0, 0, 0)
+        return Traffic()
     compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
     zero = 3 if config.engine.fsdp else config.engine.zero if deepspeed else 0
     ring = (world_size - 1) / world_size
     gradients = trained * (compute if deepspeed else 4) * ring
     buckets = math.ceil(trained / BUCKET)
     if zero == 0:
-        return Traffic(2 * gradients, 0, buckets if deepspeed else math.ceil(4 * trained / DDP_BUCKET))
-    if zero == 3:  # all weights are gathered for each forward and each backward, layer by layer; embedding and head are one more
-        return Traffic(accumulation * (2 * shape.total_weights * compute * ring + gradients), accumulation * 3 * (shape.layers + 1), 0)
+        return Traffic(reduced=2 * gradients, trees=buckets if deepspeed else math.ceil(4 * trained / DDP_BUCKET))
+    if zero == 3:  # layer by layer, for each forward, each backward, and each backward's gradients; embedding and head are one more
+        gathered = _gathered_weights(shape, config, accumulation, trained) * compute * ring
+        return Traffic(scattered=accumulation * gradients, gathered=gathered, rings=accumulation * 3 * (shape.layers + 1))
+    # DeepSpeed all-reduces whole buckets under ZeRO 1 and 2 as well (use_multi_rank_bucket_allreduce), and each rank keeps its part.
     reduced = accumulation if zero == 2 else 1
-    return Traffic(reduced * gradients + trained * compute * ring, (reduced + 1) * buckets, 0)
+    return Traffic(reduced=reduced * 2 * gradients, gathered=trained * compute * ring, rings=buckets, trees=reduced * buckets)
+
+
+def _gathered_weights(shape: ModelShape, config: Config, accumulation: int, trained: int) -> float:
+    """Weights that are gathered in a step where each rank keeps a piece of all (ZeRO 3, FSDP2), counted as often as they are."""
+    added = 0 if config.method.kind is MethodKind.full else trained
+    if config.engine.fsdp:  # embedding, last norm and head stay whole from a forward to its backward
+        return accumulation * (2 * (shape.total_weights + added) - shape.embedding_weights - shape.hidden)
+    # From a weight's forward to its backward those above it are used in the forward, perhaps again to recompute, and in the backward.
+    between = 3 if config.engine.checkpointing else 2
+    gathered = accumulation * (2 * shape.total_weights - min(shape.total_weights, REUSED / between))
+    small = config.method.kind is MethodKind.lora and config.method.r * max(shape.hidden, shape.intermediate) < KEPT_WHOLE
+    return gathered + (added if small else 2 * accumulation * added)
 
 
 def network_bytes_per_s(config: Config) -> float:

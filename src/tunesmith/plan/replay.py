@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.linears import Linears
-from tunesmith.plan.shapes import Linear, ModelShape
+from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 
@@ -57,6 +57,8 @@ class Setting:
     dora: bool = False
     joined: bool = False
     """Base and adapter are one operator (model/linear.py)."""
+    whole_logits: bool = False
+    """All logits of a micro-batch exist together."""
     prefix: int = 0
     """Virtual tokens whose keys and values are learned in each layer."""
     prompt: int = 0
@@ -329,7 +331,7 @@ class Step(Linears):
 
         def embed(_: list[Block]) -> Gradients:
             grown = self.block(table, "gradients")
-            if self.waiting and not setting.autocast:
+            if self.waiting and setting.whole_logits and not setting.autocast:
                 grown = self.block(table, "gradients")  # the head's is a view: added up out of place
             self.waiting = None
             self.keep(grown)
@@ -348,10 +350,57 @@ class Step(Linears):
         return embedded
 
     def loss(self, last_hidden_state: Value) -> Value:
-        """Cross-entropy in fp32 of the logits at targets: their logarithms are kept, and have a gradient of each kind in backward."""
+        """Head and loss as one operator (model/loss.py): of a piece of the targets logits, and all gradients before anything goes back."""
         shape, setting = self.shape, self.setting
-        size, rows = last_hidden_state.size, self.targets
-        hidden_states = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
+        size, rows = last_hidden_state.size, int(self.targets)
+        x = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
+        if setting.whole_logits:
+            return self.whole_loss(x)
+        trained, weights = "lm_head" in setting.trained_ends, shape.vocab * shape.hidden
+        stored = setting.ends if trained else setting.stored
+        bytes = setting.compute if setting.autocast else stored
+        piece = logits_at_once(rows)
+        several = piece < rows
+
+        weight = self.block(weights * bytes if bytes != stored else 0, "buffers")
+        numbers = self.block(piece * shape.vocab * 4, "logits")
+        halves = self.block(piece * shape.vocab * bytes if bytes < 4 else 0, "logits")
+        of_x = self.block(x.rows * x.width * bytes) if x.node else None
+        of_weight = self.block(weights * (4 if several else bytes), "gradients") if trained else None
+        for start in range(0, rows, piece or 1):
+            inner = min(piece, rows - start) * shape.hidden
+            part = self.block(inner * bytes if bytes != x.bytes else 0)
+            self.heap.written += 3 * min(piece, rows - start) * shape.vocab * 4  # in place: less the highest, exp, and that scaled
+            self.heap.blocks += 12
+            self.heap.products += 1 + (x.node is not None) + trained
+            if trained:
+                wide = self.block(inner * 4)
+                part = self.block(inner * bytes if bytes < 4 else 0)
+                product = self.block(weights * bytes if several and bytes < 4 else 0, "gradients")
+                del wide, product
+            del part
+        if of_weight and of_weight.size != weights * stored:
+            of_weight = self.block(weights * stored, "gradients")
+        del numbers, halves, weight
+
+        def run(_: list[Block], made: list[Block | None] = [of_x, of_weight]) -> Gradients:  # noqa: B006  # emptied, once
+            of_weight, of_x = made.pop(), made.pop()
+            if of_x and bytes < 4:
+                of_x = self.block(x_numbers * 4)
+            if of_x and x_bytes < 4:
+                of_x = self.block(x_numbers * x_bytes)
+            if of_weight and shape.tied:
+                self.waiting = of_weight
+            elif of_weight:
+                self.keep(of_weight)
+            return (of_x,)
+
+        x_numbers, x_bytes = x.rows * x.width, x.bytes
+        return self.apply((x,), 1, 1, 4, run, trained=trained)
+
+    def whole_loss(self, hidden_states: Value) -> Value:
+        """Cross-entropy in fp32 of all logits together: their logarithms are kept, and have a gradient of each kind in backward."""
+        shape, setting, rows = self.shape, self.setting, hidden_states.rows
         trained = "lm_head" in setting.trained_ends
         logits = self.matmul(hidden_states, shape.vocab, setting.ends if trained else setting.stored, trained, part="logits")
         numbers = self.cast(logits, 4, "logits")
@@ -375,6 +424,8 @@ class Replayed:
     written: float
     """Bytes of all blocks."""
     operators: int
+    products: int
+    """Matmuls of linear layers and of the head."""
     random: float
     """Numbers drawn for dropout."""
 
@@ -384,4 +435,4 @@ def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> 
     """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
     heap = Heap()
     Step(heap, shape, setting, tokens, targets)
-    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.random)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.products, heap.random)

@@ -9,13 +9,13 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers"
 
 
 class Heap:
-    """Bytes alive by part, the parts when their sum was highest, and how many blocks of how many bytes there were in all."""
+    """Bytes alive by part, the parts when their sum was highest, and how many blocks of how many bytes and matmuls there were in all."""
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(PARTS, 0.0)
         self.total = self.peak = self.written = self.random = 0.0
         """random: numbers drawn for dropout."""
-        self.blocks = 0
+        self.blocks = self.products = 0
         self.at_peak = dict(self.live)
 
 

@@ -57,9 +57,7 @@ def runs_table(runs: Sequence[Glance]) -> Table:
     """A row a run, as they were found."""
     table = _table("run", "state", "step>", "loss>", "held-out>", "tokens/s>", "MFU>", "where", "since")
     for one in runs:
-        state = Text(one.state, COLOURS.get(one.state, ""))
-        if one.note:
-            state.append(f" {_short(one.note, 60)}", "dim")
+        state = _state(one.state, one.note, 60)
         steps = f"{one.step:,}" + (f" of {one.steps:,}" if one.steps else "")
         table.add_row(
             Text(one.run), state, steps, _number(one.loss), _number(one.dev_loss), _number(one.tokens_per_s), _percent(one.mfu),
@@ -74,7 +72,7 @@ def show_comparison(found: Comparison, stream: IO[str] | None = None) -> None:
     settings = _table("#>", "run", "state", *found.keys)
     for place, run in enumerate(found.runs):
         cells = [Text(_short(setting(run.config.get(key)), 40)) for key in found.keys]
-        settings.add_row(str(place + 1), Text(run.name), Text(run.state, COLOURS.get(run.state, "")), *cells)
+        settings.add_row(str(place + 1), Text(run.name), _state(run.state, "" if run.is_complete else run.note, 30), *cells)
     results = _table("#>", *(f"{one.label}{f', {one.unit}' if one.unit else ''}>" for one in found.measures), "Pareto")
     for place, run in enumerate(found.runs):
         told = [_result(run.results.get(one.key), run.intervals.get(one.key), one.key) for one in found.measures]
@@ -173,6 +171,11 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def _state(state: str, note: str, most: int) -> Text:
+    text = Text(state, COLOURS.get(state, ""))
+    return text.append(f" {_short(note, most)}", "dim") if note else text
 
 
 def _short(told: str, most: int) -> str:
