@@ -89,7 +89,7 @@ class Linears(Tape):
         return self.apply((x,), rows, outputs, bytes, run, block=y)
 
     def integers(self, rows: float, inputs: float, outputs: float, bytes: int) -> Block:
-        """The product of an int8 matmul beside its quantised side; in fp32 it is written over the sums, else PyTorch's operators make it."""
+        """The product of an int8 matmul, beside what is quantised; in fp32 it is written over the sums, else PyTorch makes it."""
         turned = wide = None
         if bytes != 4:
             turned, wide = self.block(rows * inputs * bytes, "buffers"), self.block(3 * 4 * rows * inputs, "buffers")
