@@ -250,7 +250,8 @@ def _plan(
         mean = max(1, round(expected / per_step))
         work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size)
         seconds = step_seconds(
-            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size, peak_flops=peak,
+            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
+            attention=work.attention / world_size, peak_flops=peak,
             tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
             overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip

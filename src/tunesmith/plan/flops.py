@@ -27,6 +27,8 @@ class Flops:
     """Needed for the update: MFU's numerator."""
     executed: float
     """Done by the kernels, padding and recomputation included: HFU's numerator (arXiv 2205.05198)."""
+    attention: float = 0.0
+    """Of those executed, the ones over attention's scores, which kernels do at another rate."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def step_flops(
 
     learned, outer, own = scores(padded)
     executed: float = per_logit * (targets if logits_positions is None else logits_positions)
+    over_scores = 0.0
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
@@ -129,12 +132,12 @@ def step_flops(
             outside, inside = 5 * bool(outside), 5 * bool(inside)
         else:
             inside = outside
-        executed += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
+        over_scores += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
     for layer in again:
         executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward) * micro_batches
-        executed += per_score * 2 * (learned + outer + own)
-    return Flops(useful, executed)
+        over_scores += per_score * 2 * (learned + outer + own)
+    return Flops(useful, executed + over_scores, over_scores)
 
 
 def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool, gathered: bool, in_int8: bool) -> _Layer:
