@@ -27,7 +27,7 @@ from tunesmith.plan.shapes import KNOWN
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
-SIZES = [(192, 80), (48, 40), (24, 7), (1, 3)]
+SIZES = [(192, 80), (48, 40), (24, 7), (5, 3)]
 """(inputs, outputs): rotated in blocks of 64, 16, 4 and 1."""
 
 
@@ -84,20 +84,21 @@ def test_values_and_gradients_are_those_of_the_formulas(inputs: int, outputs: in
 
 
 def test_an_outlier_costs_little() -> None:
-    """With one input in a hundred fifty times as large, products are within 2 % of fp32's; not rotated, they would be four times as far."""
+    """With one input in a hundred fifty times as large, products are near fp32's; not rotated, they would be four times as far."""
     torch.manual_seed(0)
     plain = nn.Linear(576, 192, bias=False)
     x, of_y = torch.randn(300, 576), torch.randn(300, 192)
     x[:, ::100] *= 50
-    # What other inputs contribute would drown beside the outliers, as it does where quantised bluntly: look at that part.
+    # So that a product is as much of the others as of the outliers.
     plain.weight.data[:, ::100] *= 0.02
     layer, exact = made(plain), plain(x)
     x.requires_grad_()
     y = layer(x)
     y.backward(of_y)
     assert x.grad is not None
+    y, exact = y.detach(), exact.detach()
     error = float((y - exact).norm() / exact.norm())
-    of_x = of_y @ plain.weight
+    of_x = of_y @ plain.weight.detach()
     assert error < 0.06
     assert float((x.grad - of_x).norm() / of_x.norm()) < 0.02
     weight, scales = by_rows(plain.weight.detach())
@@ -239,6 +240,7 @@ def lora(**settings: Any) -> Config:
         ({"method__kind": MethodKind.full}, "method.base=int8: a quantised base stays frozen"),
         ({"method__dora": True}, "precision.int8=dynamic has none — type method.base=nf4, or method.dora=false"),
         ({"engine__kind": EngineKind.deepspeed, "engine__zero": 3}, "engine.zero=3: splits weights into flat pieces, which tears a int8 base"),
+        ({"hardware__card": "v100"}, "precision.int8=dynamic: the v100 has no int8 units (compute capability 7.0, they come with 7.5) — type precision.int8=bnb"),
         ({"engine__fsdp": True}, "engine.fsdp=true: cuts weights into pieces, which tears a int8 base"),
     ],
 )  # fmt: skip

@@ -166,8 +166,8 @@ class Precision:
     compute: Compute = Compute.fp32
     """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
     int8: Int8 = Int8.bnb
-    """Who multiplies with method.base=int8: bnb (bitsandbytes' LLM.int8, also on cards before Turing) or dynamic (int8 in forward and
-    backward, activations quantised a token at a time: the faster one)."""
+    """Who multiplies with method.base=int8: bnb (bitsandbytes' LLM.int8) or dynamic (int8 in forward and backward,
+    activations rotated and quantised a token at a time)."""
     fp32_layers: list[str] = field(default_factory=list)
     """Layers that compute in fp32 all the same, as layers.3 or layers.3.mlp: where fp16 would overflow (engine=accelerate)."""
 

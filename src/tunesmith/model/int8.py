@@ -75,10 +75,6 @@ class Int8Linear(nn.Linear):
             bias = None if self.bias is None else self.bias.to(compute)
             return cast(torch.Tensor, _Product.apply(x.to(compute), self.weight, self.scales, bias))  # type: ignore[no-untyped-call]
 
-    def dequantised(self) -> torch.Tensor:
-        """The weight as it acts, fp32 [outputs, inputs]."""
-        return rotated(rotated(self.weight.float() * self.scales[:, None]).t()).t()
-
 
 class _Product(torch.autograd.Function):
     """A layer without an adapter, which keeps nothing for backward but itself."""

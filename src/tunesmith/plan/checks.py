@@ -14,7 +14,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Method, Me
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.optimizers import SETTINGS
-from tunesmith.plan.shapes import ModelShape
+from tunesmith.plan.shapes import ModelShape, multiplies_int8
 
 
 class PlanError(Refusal):
@@ -292,6 +292,11 @@ def _hardware_problems(
         yield (
             f"precision.compute=bf16: the {card.key} has no bf16 units (compute capability {card.capability[0]}."
             f"{card.capability[1]}, they come with 8.0) and emulates it slowly — type precision=fp16"
+        )
+    if card and multiplies_int8(config) and "int8" not in card.peak:
+        yield (
+            f"precision.int8=dynamic: the {card.key} has no int8 units (compute capability {card.capability[0]}."
+            f"{card.capability[1]}, they come with 7.5) — type precision.int8=bnb method.base=nf4"
         )
     size_gib = least_gib(config, world_size, shape, on_cpu) if shape else 0.0
 
