@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.config import Batching, Compute, Config, EngineKind, MethodKind
+from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind
 from tunesmith.plan.checks import changed
 from tunesmith.plan.memory import GIB, memory_gib
 from tunesmith.plan.shapes import ModelShape
@@ -51,6 +51,7 @@ MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
     (("method.modules_to_save", ("embed_tokens", "lm_head")),),
     (("method.modules_to_save", ("lm_head",)), ("engine.checkpoint_every", 3)),
     (("method.modules_to_save", ("embed_tokens",)), ("method.first_layer", 1)),
+    (("method.base", Base.int8), ("precision.int8", Int8.dynamic)),
     (("optim.neftune_alpha", 5.0), ("optim.label_smoothing", 0.1)),
 )
 """Settings beside those that every configuration has."""

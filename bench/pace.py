@@ -24,8 +24,9 @@ from bench.memory import Case, batch_of, grid, model_in
 from tunesmith.config import Compute
 from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
 from tunesmith.plan import step_flops, trained_weights
+from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import setting_of
-from tunesmith.plan.pace import READS, speed_of, step_seconds
+from tunesmith.plan.pace import CPU_MATMUL, READS, speed_of, step_seconds
 from tunesmith.plan.replay import replayed
 
 REPEATS = 8
@@ -55,35 +56,42 @@ def measured(case: Case, folder: Path) -> float:
     return best
 
 
-def flops(case: Case) -> float:
+def flops(case: Case) -> Flops:
     lengths = [case.length] * case.rows * case.accumulation
     targets = case.rows * case.targets * case.accumulation
-    return step_flops(case.shape, case.config().method, lengths, targets, checkpointing=case.checkpointing).executed
+    return step_flops(case.shape, case.config().method, lengths, targets, checkpointing=case.checkpointing)
 
 
 def predicted(case: Case, peak: float, cpu: Overheads | None) -> float:
-    tokens = case.rows * case.length
+    tokens, work = case.rows * case.length, flops(case)
     seconds = step_seconds(
-        case.shape, case.config(), None, 1, flops=flops(case), peak_flops=peak, tokens=tokens, accumulation=case.accumulation,
+        case.shape, case.config(), None, 1, flops=work.executed, attention=work.attention, peak_flops=peak, tokens=tokens,
+        accumulation=case.accumulation,
         trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, overheads=cpu,
     )  # fmt: skip
     return sum(seconds.values())
 
 
 def fit(cases: list[Case], times: list[float], peaks: dict[Compute, float], cpu: Overheads | None) -> None:
-    """Print what plan/pace.py declares for a CPU: relative errors of every second case least."""
-    rows = []
+    """Print what plan/pace.py declares for a CPU, fp32's share taken from there: relative errors of every second case least."""
+    rows, known = [], []
     for case in cases:
         work = replayed(case.shape, setting_of(case.shape, case.config(), cpu=True), case.rows * case.length, case.rows * case.targets)
-        matmul = [flops(case) / peaks[case.compute] * (case.compute is compute) for compute in (Compute.fp32, Compute.bf16)]
-        rows.append([*matmul, *(case.accumulation * x for x in ((1 + READS) * work.written, work.operators, work.random))])
-    scaled = np.array(rows) / np.array(times)[:, None]
-    found, *_ = np.linalg.lstsq(scaled[::2], np.ones(len(times))[::2], rcond=None)
-    print(f"matmul share {1 / found[0]:.2f} in fp32, {1 / found[1]:.2f} in bf16; {1 / found[2] / 1e9:.0f} GB/s; "
-          f"{found[3] * 1e6:.1f} us an operator; {found[4] * 1e9:.1f} ns a random number; "
+        done, fp32 = flops(case), case.compute is Compute.fp32
+        linear, over_scores = ((size / peaks[case.compute]) for size in (done.executed - done.attention, done.attention))
+        known.append(fp32 * linear / CPU_MATMUL[Compute.fp32])
+        apart = (over_scores, case.accumulation * work.products)
+        rows.append([not fp32 and linear, *(fp32 and x for x in apart), *(not fp32 and x for x in apart),
+                     *(case.accumulation * x for x in ((1 + READS) * work.written, work.operators, work.random))])  # fmt: skip
+    spent = np.array(times)
+    scaled, rest = np.array(rows, float) / spent[:, None], 1 - np.array(known) / spent
+    found, *_ = np.linalg.lstsq(scaled[::2], rest[::2], rcond=None)
+    print(f"matmul share {1 / found[0]:.2f} in bf16; attention {1 / found[1]:.2f} and {1 / found[3]:.2f}; a matmul besides "
+          f"{found[2] * 1e6:.1f} and {found[4] * 1e6:.1f} us; {1 / found[5] / 1e9:.0f} GB/s; "
+          f"{found[6] * 1e6:.1f} us an operator; {found[7] * 1e9:.1f} ns a random number; "
           f"now {speed_of(None, Compute.fp32, cpu)}")  # fmt: skip
-    rest = np.abs(scaled[1::2] @ found - 1)
-    print(f"the other half: median {np.median(rest):.1%}, worst {rest.max():.1%}")
+    errors = np.abs(scaled[1::2] @ found - rest[1::2])
+    print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}")
 
 
 def main() -> None:

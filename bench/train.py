@@ -218,7 +218,8 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
     lengths = sorted(len(ids) for ids, _ in contest.facts["train"])
     print(f"  same token ids, targets and weights; {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}", flush=True)
     best, tried = contest.best_peer(python)
-    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in ROWS.items()}
+    alike = {"tunesmith fp32, micro-batches like TRL's": [f"train.micro_batch={best['micro_batch']}"]}  # by itself it takes what fits
+    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in (ROWS | alike).items()}
     rows = measure(contest, starts | {"TRL": partial(contest.peer, python, best)}, windows)
     first = {row: facts["losses"][0] for row, facts in rows.items() if facts["losses"]}
     if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > 0.005:

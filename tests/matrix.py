@@ -50,6 +50,7 @@ METHODS = {
     "LoRA and embedding": ["method=lora", "method.modules_to_save=[embed_tokens]"],
     "QLoRA (NF4)": ["method=qlora"],
     "LoRA on INT8": ["method=lora_int8"],
+    "LoRA on INT8, dynamic": ["method=lora_int8", "precision.int8=dynamic"],
     "prefix": ["method=prefix", "method.virtual_tokens=5"],
     "prompt": ["method=prompt", "method.virtual_tokens=5", "optim.lr=0.3"],
 }

@@ -53,12 +53,13 @@ class Lead:
         given: dict[str, Any] = dict(word.split("=", 1) for word in common)
         good = given | {"name": "good", "optim.lr": 0.01, "method.r": 4}
         long = good | {"name": "long", "train.steps": 20000}
+        quick = {"--via": "torchrun"}  # deepspeed takes seconds more to start ranks, and has ways of its own to end them
         self.coming = [
-            command("run", "good", good),
-            command("run", "bad", good | {"name": "bad", "optim.lr": 1e30}),
-            command("run", "again", good),
+            command("run", "good", good | quick),
+            command("run", "bad", good | quick | {"name": "bad", "optim.lr": 1e30}),
+            command("run", "again", good | quick),
             command("run", "long", long),
-            command("resume", "long", long),
+            command("resume", "long", long | quick),
         ]
         self.stopped_as = ""
         """State of `long` when it had been stopped."""

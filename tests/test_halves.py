@@ -113,7 +113,7 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [
         (["precision=fp32", "engine=accelerate"], "precision.fp32_layers=[]"),
         (["precision=fp16", "engine=deepspeed"], "engine=accelerate"),
-        (["precision=fp16", "engine=accelerate", "method.base=int8"], "method.base=nf4"),
+        (["precision=fp16", "engine=accelerate", "method.base=int8"], "precision.int8=dynamic, or method.base=nf4"),
     ],
 )
 def test_where_it_cannot_be_honoured_the_plan_says_so(words: list[str], instead: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from tunesmith import hardware, matmul
 
 pytestmark = pytest.mark.skipif(not matmul.has_onednn(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured here, and what is not, stays here."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

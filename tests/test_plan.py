@@ -41,7 +41,7 @@ from tunesmith.plan import (
     trained_weights,
 )
 from tunesmith.plan.checks import changed
-from tunesmith.plan.memory import FRAGMENTS, GIB, setting_of
+from tunesmith.plan.memory import FRAGMENTS, GIB, held_bytes, setting_of
 from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import KNOWN, ModelShape
 from tunesmith.plan.table import fits, plan_text, planned_machine
@@ -189,8 +189,11 @@ def test_states_are_what_deepspeed_estimates(world_size: int) -> None:
 
 
 def test_states_without_deepspeed_are_16_bytes_a_weight() -> None:
-    parts = gib_of(method__kind=FULL, engine__kind=EngineKind.accelerate)
-    assert sum(parts[name] for name in ("weights", "gradients", "optimizer")) * GIB == QWEN.total_weights * 16
+    config = config_of(method__kind=FULL, engine__kind=EngineKind.accelerate)
+    assert sum(held_bytes(QWEN, config, 1).values()) == QWEN.total_weights * 16
+    # At the peak the head's gradient is on its way beside what has been accumulated.
+    parts = memory_gib(QWEN, config, 1, 2048)
+    assert sum(parts[name] for name in ("weights", "gradients", "optimizer")) * GIB == QWEN.total_weights * 16 + QWEN.embedding_weights * 4
 
 
 def test_zero_is_told_where_it_only_costs() -> None:
@@ -301,10 +304,10 @@ def test_the_plan_fills_a_card_but_not_to_the_brim() -> None:
         precision__compute=Compute.fp16, data__max_tokens=1024, train__conversations_per_step=64,
     )  # fmt: skip
     plan = make_plan(config, T4, 1)
-    assert (plan.micro_batch, plan.accumulation) == (4, 16)
+    assert (plan.micro_batch, plan.accumulation) == (8, 8)
     assert plan.memory_gib < 0.92 * 14.56
-    assert sum(memory_gib(plan.shape, config, 1, 8 * 1024).values()) > 0.92 * 14.56
-    assert make_plan(config, T4, 1, longest_tokens=128).micro_batch > 4, "shorter data, larger micro-batches"
+    assert sum(memory_gib(plan.shape, config, 1, 16 * 1024).values()) > 0.92 * 14.56
+    assert make_plan(config, T4, 1, longest_tokens=128).micro_batch > 8, "shorter data, larger micro-batches"
 
 
 @pytest.mark.parametrize(
@@ -530,7 +533,7 @@ def test_a_card_that_is_not_here() -> None:
     as_told = config_of(hardware__card="cpu", precision__compute=Compute.fp32, hardware__count=2)
     assert make_plan(as_told, HERE, 1).card == "cpu", "the advice works"
     (line,) = refused(config_of(**ON_A10, model__known_as="qwen2.5-7b", data__max_tokens=2048))
-    assert "it would not fit here either (52.5 of 23.5 GiB a rank); +exp=lora_cpu does" in line
+    assert "it would not fit here either (51.1 of 23.5 GiB a rank); +exp=lora_cpu does" in line
 
 
 def test_another_card_is_here() -> None:

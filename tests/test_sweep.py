@@ -116,6 +116,12 @@ def test_the_best_trial_is_the_lowest_loss_of_a_completed_run(overrides: list[st
     assert "set data.dev" in table(planned, [Outcome("completed")] * 3)
 
 
+def test_an_agents_trial_is_one_run() -> None:
+    refused = launcher(["+exp=lora_cpu", "optim.lr=1e-4,2e-4"], {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"})
+    assert refused.returncode == 2
+    assert refused.stdout.startswith("tunesmith: 2 trials for the one run that W&B's agent has opened"), refused.stdout
+
+
 # --- real ranks ----------------------------------------------------------------------------------------------------
 
 

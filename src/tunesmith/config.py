@@ -32,6 +32,11 @@ class Base(Enum):
     nf4 = "nf4"
 
 
+class Int8(Enum):
+    bnb = "bnb"
+    dynamic = "dynamic"
+
+
 class Compute(Enum):
     fp32 = "fp32"
     fp16 = "fp16"
@@ -160,6 +165,9 @@ class Method:
 class Precision:
     compute: Compute = Compute.fp32
     """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
+    int8: Int8 = Int8.bnb
+    """Who multiplies with method.base=int8: bnb (bitsandbytes' LLM.int8) or dynamic (int8 in forward and backward,
+    activations rotated and quantised a token at a time)."""
     fp32_layers: list[str] = field(default_factory=list)
     """Layers that compute in fp32 all the same, as layers.3 or layers.3.mlp: where fp16 would overflow (engine=accelerate)."""
 

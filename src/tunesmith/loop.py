@@ -20,7 +20,7 @@ from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import perplexity
 from tunesmith.model.halves import LARGEST, advice, widest
 from tunesmith.plan import Plan, step_flops
-from tunesmith.plan.shapes import gathers_by_hooks
+from tunesmith.plan.shapes import gathers_by_hooks, multiplies_int8
 from tunesmith.run import Stopped, StopSignal
 
 
@@ -176,6 +176,7 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         checkpoint_every=parts.config.engine.checkpoint_every,
         micro_batches=work.micro_batches,
         gathered=gathers_by_hooks(parts.config.engine),
+        in_int8=multiplies_int8(parts.config),
     )
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real

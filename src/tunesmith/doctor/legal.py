@@ -14,6 +14,7 @@ from tunesmith.config import Base, Config
 from tunesmith.doctor.findings import Finding, fail, ok, warn
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan.checks import target
+from tunesmith.plan.shapes import multiplies_int8
 
 Legal = Literal["yes", "no", "slow"]
 NOT_YET = "not yet run on that card"
@@ -161,6 +162,8 @@ def choices(config: Config | None, capability: tuple[int, int] | None) -> Iterat
         legal = [base for base in bases if row.cells[base].legal == "yes"]
         others = [f"{base} is not ({row.cells[base].why})" for base in bases if base not in legal]
         yield ok("choice", "; ".join([f"base as_is; {' and '.join(legal) or 'nothing else'} would be legal on {on}", *others]))
+    elif multiplies_int8(config) and row.cells["int8"].legal == "yes":
+        yield ok("choice", f"base int8 on {on}, dynamic: int8 matmuls forward and backward, activations quantised token by token")
     elif config.method.base is Base.as_is:
         yield ok("choice", f"base as_is: frozen weights stay in {compute}")
     else:

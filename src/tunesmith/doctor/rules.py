@@ -10,6 +10,7 @@ from tunesmith.doctor.facts import Disk, Facts
 from tunesmith.doctor.findings import Finding, fail, ok, warn
 from tunesmith.doctor.legal import TAKEN, row_for, serves
 from tunesmith.hardware import FAKE_MACHINE, find_card
+from tunesmith.plan.shapes import multiplies_int8
 
 PLACES = {"outputs": "outputs=", "cache": "export TUNESMITH_CACHE=", "hub": "export HF_HOME="}
 WHEELS = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl"
@@ -253,7 +254,7 @@ def _attention(facts: Facts) -> Iterator[Finding]:
 
 
 def _quantised(facts: Facts, config: Config | None) -> Iterator[Finding]:
-    found, base = facts.quantised.found, config.method.base.value if config else ""
+    found, base = facts.quantised.found, config.method.base.value if config and not multiplies_int8(config) else ""
     fix = "pip install --upgrade bitsandbytes (python -m bitsandbytes tells more); without it method.base=as_is"
     if facts.quantised.why or not found:
         yield (fail if base in ("nf4", "int8") else warn)("bitsandbytes", f"bitsandbytes: {facts.quantised.why or 'was not asked'}", fix)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Int8, MethodKind, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.int8 import quantise_layers
 from tunesmith.model.linear import join_adapters
 from tunesmith.model.loss import Targets, measure_at_head
 from tunesmith.model.noise import with_noise
@@ -129,7 +130,10 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     """
     torch.manual_seed(config.train.seed)  # adapter initialisation, equal on every rank
     model = _load(folder, config, device)
-    if config.method.base is not Base.as_is:
+    dynamic = config.method.base is Base.int8 and config.precision.int8 is Int8.dynamic
+    if dynamic:
+        quantise_layers(model, device)
+    elif config.method.base is not Base.as_is:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -146,7 +150,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     if config.precision.fp32_layers:
         halves.keep_in_fp32(model, config.precision.fp32_layers, device, DTYPES[config.precision.compute])
     model.train()
-    if config.method.base is Base.as_is and config.engine.kind is not EngineKind.deepspeed and not config.engine.fsdp:
+    if (dynamic or config.method.base is Base.as_is) and config.engine.kind is not EngineKind.deepspeed and not config.engine.fsdp:
         # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then. FSDP does so layer by
         # layer and keeps a piece of each: the whole need not fit.
         model.to(device)
@@ -164,7 +168,7 @@ def _load(folder: Path, config: Config, device: torch.device, implementation: st
         quantisation["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    elif config.method.base is Base.int8:
+    elif config.method.base is Base.int8 and config.precision.int8 is Int8.bnb:
         quantisation["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if quantisation:
         quantisation["device_map"] = {"": str(device)}

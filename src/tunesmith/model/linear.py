@@ -14,18 +14,20 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.model import int8
+
 
 class _Joined(torch.autograd.Function):
     """Keeps what backward needs, and gives y still unwritten and x A^T: see `joined`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inner = x.flatten(0, -2) @ a.to(x.dtype).t()
         shape = (*x.shape[:-1], len(weight))
         y = torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one number long: the product takes its place
-        ctx.save_for_backward(x, inner, weight, a, b)
+        ctx.save_for_backward(x, inner, weight, scales, a, b)
         ctx.scale = scale
         ctx.mark_non_differentiable(inner)
         return y, inner
@@ -33,32 +35,42 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, weight, a, b = ctx.saved_tensors
-        wants_x, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        x, inner, weight, scales, a, b = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         of_y = of_outputs[0].flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             of_inner = (of_y @ b.to(x.dtype)).mul_(ctx.scale)
             of_b = torch.mm(of_y.t(), inner).mul_(ctx.scale).to(b.dtype) if wants_b else None
             of_a = torch.mm(of_inner.t(), x.flatten(0, -2)).to(a.dtype) if wants_a else None
-            of_x = torch.mm(of_y, weight) if wants_x else None
-            if of_x is not None:
+            of_x: torch.Tensor | None = None
+            if wants_x:
+                of_x = torch.mm(of_y, weight) if scales is None else int8.multiply_back(of_y, weight, scales)
                 torch.addmm(of_x, of_inner, a.to(x.dtype), out=of_x)
-        return of_x if of_x is None else of_x.view_as(x), None, of_a, of_b, None
+        return of_x if of_x is None else of_x.view_as(x), None, None, of_a, of_b, None
 
 
 def joined(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias + scale (x A^T) B^T in x's type: x [..., inputs], W [outputs, inputs] frozen, A [r, inputs], B [outputs, r].
 
-    W and bias have x's type, A and B any. The product is written after what backward needs has been kept: a checkpoint that computes a
-    layer again ends as soon as it has all of that, and so leaves the layer's last matmul out.
+    W and bias have x's type, A and B any; with scales, W is that of an Int8Linear. The product is written after what backward needs has
+    been kept: a checkpoint that computes a layer again ends as soon as it has all of that, and so leaves the layer's last matmul out.
     """
     with torch.autocast(x.device.type, enabled=False):
-        y, inner = cast("tuple[torch.Tensor, torch.Tensor]", _Joined.apply(x, weight, a, b, scale))  # type: ignore[no-untyped-call]
+        y, inner = cast("tuple[torch.Tensor, torch.Tensor]", _Joined.apply(x, weight, scales, a, b, scale))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             rows = x.flatten(0, -2)
-            product = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+            if scales is not None:
+                product = int8.multiply(rows, weight, scales, bias)
+            else:
+                product = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
             y.data = torch.addmm(product, inner, b.to(x.dtype).t(), alpha=scale, out=product).view(y.shape)
     return y
 
@@ -80,16 +92,20 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **named: Any) -> torch.Ten
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # What autocast or PEFT would cast, and to which type the result belongs, is theirs to say where types differ without autocast.
-    if base.weight.dtype is not compute or (not torch.is_autocast_enabled(device) and not a.dtype is b.dtype is compute):
+    scales = base.scales if isinstance(base, int8.Int8Linear) else None
+    is_other = scales is None and base.weight.dtype is not compute
+    if is_other or (not torch.is_autocast_enabled(device) and not a.dtype is b.dtype is compute):
         return cast(torch.Tensor, type(layer).forward(layer, x))
-    return joined(x.to(compute), base.weight, base.bias, a, b, layer.scaling[name])
+    bias = base.bias if scales is None or base.bias is None else base.bias.to(compute)
+    return joined(x.to(compute), base.weight, bias, a, b, layer.scaling[name], scales)
 
 
 def can_be_joined(layer: Any) -> bool:
     """Whether a PEFT LoRA layer is y = Wx + b + s B(A(x)) at this moment, and nothing else happens in it.
 
-    One adapter, active and not merged; no variant of it (DoRA), no dropout, no bias of its own; plain weights (not quantised, not in
-    pieces), the base frozen; and nobody listens to, or has replaced, the layers inside: what ZeRO 3 gathers a weight by.
+    One adapter, active and not merged; no variant of it (DoRA), no dropout, no bias of its own; plain weights or an Int8Linear's (not
+    otherwise quantised, not in pieces), the base frozen; and nobody listens to, or has replaced, the layers inside: what ZeRO 3 gathers a
+    weight by.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or layer.fan_in_fan_out:
         return False
@@ -106,4 +122,5 @@ def can_be_joined(layer: Any) -> bool:
 
 def _is_plain(part: nn.Module) -> bool:
     hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and "forward" not in vars(part) and not any(hooks)
+    is_known = type(part) in (nn.Linear, int8.Int8Linear) and type(part.weight) is nn.Parameter
+    return is_known and "forward" not in vars(part) and not any(hooks)

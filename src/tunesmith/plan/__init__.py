@@ -22,7 +22,7 @@ from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib
 from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8, shape_needs_files, shape_of
 from tunesmith.plan.words import beside, describe
 
 __all__ = [
@@ -250,7 +250,8 @@ def _plan(
         mean = max(1, round(expected / per_step))
         work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size)
         seconds = step_seconds(
-            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size, peak_flops=peak,
+            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
+            attention=work.attention / world_size, peak_flops=peak,
             tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
             overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip
@@ -370,7 +371,7 @@ def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, 
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
-        micro_batches=micro_batches, gathered=gathers_by_hooks(engine),
+        micro_batches=micro_batches, gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(config),
     )  # fmt: skip
 
 
@@ -444,6 +445,10 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
                 f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
                 "— type engine=accelerate"
             )
+    if multiplies_int8(config):
+        yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.compute.value}, so they may pass 100 %"
+        if on_cpu and config.precision.compute is not Compute.fp32:
+            yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
 
@@ -460,7 +465,7 @@ def _words(config: Config) -> str:
         kind += f" from layer {method.first_layer}" if method.first_layer else ""
         kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
         kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
-    base = "" if method.base is Base.as_is else f" on {method.base.value}"
+    base = "" if method.base is Base.as_is else f" on {'dynamic ' if multiplies_int8(config) else ''}{method.base.value}"
     return f"{kind}{base}, {config.precision.compute.value}, {_engine_words(config)}"
 
 

@@ -10,11 +10,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.optimizers import SETTINGS
-from tunesmith.plan.shapes import ModelShape
+from tunesmith.plan.shapes import ModelShape, multiplies_int8
 
 
 class PlanError(Refusal):
@@ -149,6 +149,8 @@ def _combination_problems(config: Config, shape: ModelShape | None, world_size: 
             f"engine.zero=3: splits weights into flat pieces, which tears a {base.value} base from the scales it is "
             "stored with — type engine.zero=2"
         )
+    if config.precision.int8 is Int8.dynamic and base is not Base.int8:
+        yield f"precision.int8=dynamic: method.base={base.value} has nothing in int8 — type precision.int8=bnb, or method=lora_int8"
     if layers := config.precision.fp32_layers:
         named = f"precision.fp32_layers=[{','.join(layers)}]"
         if config.precision.compute is Compute.fp32:
@@ -157,8 +159,8 @@ def _combination_problems(config: Config, shape: ModelShape | None, world_size: 
             yield f"{named}: DeepSpeed turns every weight into {config.precision.compute.value} — type engine=accelerate"
         elif engine.fsdp:
             yield f"{named}: FSDP2 casts all weights of a layer alike — type engine=accelerate engine.fsdp=false"
-        elif base is Base.int8:
-            yield f"{named}: bitsandbytes multiplies int8 layers in fp16 alone — type method.base=nf4"
+        elif base is Base.int8 and config.precision.int8 is Int8.bnb:
+            yield f"{named}: bitsandbytes multiplies int8 layers in fp16 alone — type precision.int8=dynamic, or method.base=nf4"
     if engine.checkpoint_every > 1 and not engine.checkpointing:
         yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
     yield from _optimizer_problems(config)
@@ -238,7 +240,12 @@ def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
                 instead = f"method.{name}={str(default).lower()}"
                 yield f"method.{name}={said}: method.kind={method.kind.value} has no adapters — type {instead}, or method=lora"
         return
-    if method.dora and method.base is Base.int8:
+    if method.dora and method.base is Base.int8 and config.precision.int8 is Int8.dynamic:
+        yield (
+            "method.dora=true: PEFT measures the rows of a weight in floats, and precision.int8=dynamic has none — type method.base=nf4, "
+            "or method.dora=false"
+        )
+    elif method.dora and method.base is Base.int8:
         yield (
             "method.dora=true: PEFT loses an int8 layer's scales when it measures the rows of its weight (a CPU's forward fails, a card's "
             "is untested) — type method.base=nf4, or method.dora=false"
@@ -285,6 +292,11 @@ def _hardware_problems(
         yield (
             f"precision.compute=bf16: the {card.key} has no bf16 units (compute capability {card.capability[0]}."
             f"{card.capability[1]}, they come with 8.0) and emulates it slowly — type precision=fp16"
+        )
+    if card and multiplies_int8(config) and "int8" not in card.peak:
+        yield (
+            f"precision.int8=dynamic: the {card.key} has no int8 units (compute capability {card.capability[0]}."
+            f"{card.capability[1]}, they come with 7.5) — type precision.int8=bnb method.base=nf4"
         )
     size_gib = least_gib(config, world_size, shape, on_cpu) if shape else 0.0
 

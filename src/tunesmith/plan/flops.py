@@ -27,6 +27,8 @@ class Flops:
     """Needed for the update: MFU's numerator."""
     executed: float
     """Done by the kernels, padding and recomputation included: HFU's numerator (arXiv 2205.05198)."""
+    attention: float = 0.0
+    """Of those executed, the ones over attention's scores, which kernels do at another rate."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def step_flops(
     logits_positions: int | None = None,
     attention: Attention = "flash",
     gathered: bool = False,
+    in_int8: bool = False,
 ) -> Flops:
     """FLOPs of one step on conversations of these lengths (tokens) with this many target tokens.
 
@@ -73,7 +76,8 @@ def step_flops(
     prompt's virtual tokens once, as the beginning of all its conversations.
     Conventions. Useful: each conversation attends causally to itself alone, exactly n(n+1)/2 scores for n tokens; a
     score costs 2 x head_dim FLOPs for QK^T and as much for AV (grouped keys save memory, not FLOPs), and twice that in
-    backward; logits exist at target tokens only. nf4 and int8 bases need the same FLOPs as any frozen base.
+    backward; logits exist at target tokens only. nf4 and int8 bases need the same FLOPs as any frozen base; in_int8
+    (precision.int8=dynamic), a product of integers counts as one of floats would.
     Executed: lengths become padded_to; logits_positions (default: targets) logits are made; "dense" attention computes
     all n^2 scores (eager), "flash" the causal ones, with a fifth backward matmul that recomputes the scores (arXiv
     2205.14135), all five whenever any gradient is wanted; checkpointing runs the forward of every checkpoint_every-th layer
@@ -98,7 +102,7 @@ def step_flops(
     lowest = 0 if embedding else first
     adapted = shape.adapted_layers(method)
     layers = [
-        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest, gathered=gathered)
+        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest, gathered=gathered, in_int8=in_int8)
         for number in range(shape.layers)
     ]
     again = layers[lowest::checkpoint_every] if checkpointing else []
@@ -118,6 +122,7 @@ def step_flops(
 
     learned, outer, own = scores(padded)
     executed: float = per_logit * (targets if logits_positions is None else logits_positions)
+    over_scores = 0.0
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
@@ -127,15 +132,15 @@ def step_flops(
             outside, inside = 5 * bool(outside), 5 * bool(inside)
         else:
             inside = outside
-        executed += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
+        over_scores += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
     for layer in again:
         executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward) * micro_batches
-        executed += per_score * 2 * (learned + outer + own)
-    return Flops(useful, executed)
+        over_scores += per_score * 2 * (learned + outer + own)
+    return Flops(useful, executed + over_scores, over_scores)
 
 
-def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool, gathered: bool) -> _Layer:
+def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool, gathered: bool, in_int8: bool) -> _Layer:
     """Walk through a layer and follow where gradients flow.
 
     adapted: whether it has adapters, where the method has any; input_gradient: whether its input wants a gradient.
@@ -151,7 +156,7 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
         forward += 2 * inputs * outputs
         backward += 2 * inputs * outputs * (wanted + full)
         scaled_forward += inputs * outputs * (method.base is Base.nf4)
-        scaled_backward += inputs * outputs * (method.base is not Base.as_is) * wanted
+        scaled_backward += inputs * outputs * (method.base is not Base.as_is and not in_int8) * wanted
         if linear in with_adapter:  # y += B(Ax): B's and A's gradients, B^T g on the way to A, and A^T B^T g if wanted
             forward += 2 * method.r * (inputs + outputs)
             backward += 2 * method.r * (2 * outputs + (1 + wanted) * inputs)
@@ -172,7 +177,7 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     _, inputs, outputs = last = down[0]
     saved_last = 2 * inputs * outputs
     if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
-        saved_last = 0 if dora else 2 * method.r * outputs + (saved_last if joins_adapters(method, gathered) else 0)
+        saved_last = 0 if dora else 2 * method.r * outputs + (saved_last if joins_adapters(method, gathered, in_int8) else 0)
     return _Layer(
         forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
         scaled_forward, scaled_backward,

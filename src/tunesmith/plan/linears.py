@@ -76,6 +76,34 @@ class Linears(Tape):
 
         return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
 
+    def in_int8(self, x: Value, outputs: int) -> Value:
+        """x W^T in int8 (model/int8.py): nothing is kept; the product's integers are there beside it, and what is quantised."""
+        x = self.cast(x, self.setting.compute) if self.setting.autocast else x
+        bytes, rows, width = x.bytes, x.rows, x.width
+        y = self.integers(rows, width, outputs, bytes)
+
+        def run(_: list[Block]) -> Gradients:
+            self.heap.products += 1
+            return (self.integers(rows, outputs, width, bytes),)
+
+        return self.apply((x,), rows, outputs, bytes, run, block=y)
+
+    def integers(self, rows: float, inputs: float, outputs: float, bytes: int) -> Block:
+        """The product of an int8 matmul, beside what is quantised; in fp32 it is written over the sums, else PyTorch makes it."""
+        turned = wide = None
+        if bytes != 4:
+            turned, wide = self.block(rows * inputs * bytes, "buffers"), self.block(3 * 4 * rows * inputs, "buffers")
+        quantised = self.block(rows * (inputs + 4), "buffers")
+        del turned, wide
+        sums = self.block(4 * rows * outputs)
+        if bytes == 4:
+            return sums
+        scaled = self.block((4 + bytes) * rows * outputs, "buffers")
+        del scaled, quantised
+        narrow = self.block(rows * outputs * bytes, "buffers")
+        del narrow
+        return self.block(rows * outputs * bytes)
+
     def linear(self, x: Value, linear: Linear, layer: int) -> Value:
         """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
         setting, given = self.setting, x  # who calls a module holds its argument until it returns
@@ -83,7 +111,8 @@ class Linears(Tape):
         if adapted and setting.joined:
             return self.joined(x, linear)
         self.stopped = self.again and last and not adapted
-        result = self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
+        in_int8 = setting.quantised == "dynamic"
+        result = self.in_int8(x, linear[2]) if in_int8 else self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
         if setting.quantised:
             result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
         if adapted:
@@ -102,7 +131,7 @@ class Linears(Tape):
         setting, (_, inputs, outputs) = self.setting, linear
         x = self.cast(x, setting.compute if setting.autocast else setting.adapter)
         bytes, rank, wanted, size = x.bytes, setting.rank, x.node is not None, x.size
-        casts = bytes != setting.adapter
+        casts, rows = bytes != setting.adapter, x.rows
 
         def narrowed(numbers: float) -> Block | None:
             return self.block(numbers * bytes, "buffers") if casts else None
@@ -110,12 +139,11 @@ class Linears(Tape):
         weight = narrowed(inputs * rank)
         inner = self.block(x.rows * rank * bytes)
         del weight
-        y = self.block(x.rows * outputs * bytes)
         self.heap.products += 3
         if self.again and linear == self.shape.linears[-1]:
             self.heap.products -= 2
             self.stopped = True
-            y = self.block(0)
+        y = self.integers(x.rows, inputs, outputs, bytes) if setting.quantised else self.block(x.rows * outputs * bytes)
         weight = narrowed(outputs * rank)
         del weight
 
@@ -129,7 +157,9 @@ class Linears(Tape):
             of_inner = self.block(saved[1].size)
             del weight
             of_weights = [grown(outputs * rank), grown(inputs * rank)]
-            of_x = self.block(size) if wanted else None
+            of_x: Block | None = None
+            if wanted:
+                of_x = self.integers(rows, outputs, inputs, bytes) if setting.quantised else self.block(size)
             weight = narrowed(inputs * rank) if wanted else None
             del weight, of_inner
             while of_weights:

@@ -10,7 +10,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import Setting, replayed
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters, multiplies_int8
 
 GIB = 2**30
 BYTES = {Compute.fp32: 4, Compute.fp16: 2, Compute.bf16: 2}
@@ -32,7 +32,7 @@ NCCL_GIB = 0.25
 PROCESS_GIB = 0.5
 """Resident Python, torch, transformers and DeepSpeed on a CPU: 0.4 measured, and the oneDNN scratch."""
 # NF4 (arXiv 2305.14314): 4 bits, an 8-bit scale per 64 weights and a 32-bit scale of scales per 256 of those:
-# 0.5 + 1/64 + 4/(64 x 256) bytes, i.e. 4.127 bits. LLM.int8 (arXiv 2208.07339): 1 byte, and 4 bytes per output row.
+# 0.5 + 1/64 + 4/(64 x 256) bytes, i.e. 4.127 bits. int8 (arXiv 2208.07339): 1 byte, and 4 bytes per output row.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
@@ -116,7 +116,8 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
     full, lora = method.kind is MethodKind.full, method.kind is MethodKind.lora
     # DeepSpeed's half modes turn everything into halves, and so does FSDP2 for each use; Accelerate casts what each matmul reads.
     deepspeed = config.engine.kind is EngineKind.deepspeed or config.engine.fsdp
-    in_fp32 = not deepspeed and (full or method.base is not Base.as_is)
+    in_int8 = multiplies_int8(config)
+    in_fp32 = not deepspeed and (full or (method.base is not Base.as_is and not in_int8))
     card = CARDS.get(config.hardware.card)
     flash = cpu or (compute == 2 and (card is None or card.capability[0] >= 8))
     return Setting(
@@ -128,13 +129,13 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         full=full,
         trained_ends=frozenset(shape.trained_ends(method)),
         autocast=not deepspeed and compute == 2,
-        quantised="" if method.base is Base.as_is else method.base.value,
+        quantised="" if method.base is Base.as_is else "dynamic" if in_int8 else method.base.value,
         rank=method.r,
         adapted=frozenset(shape.adapted(method.targets)) if lora else frozenset(),
         first_layer=method.first_layer if lora else 0,
         last_layer=shape.adapted_layers(method)[-1],
         dora=method.dora and lora,
-        joined=joins_adapters(method, gathers_by_hooks(config.engine)),
+        joined=joins_adapters(method, gathers_by_hooks(config.engine), in_int8),
         whole_logits=config.precision.compute is Compute.fp16 and "lm_head" in shape.trained_ends(method),
         prefix=method.virtual_tokens if method.kind is MethodKind.prefix else 0,
         prompt=method.virtual_tokens if method.kind is MethodKind.prompt else 0,
@@ -154,8 +155,8 @@ def _base_bytes(shape: ModelShape, config: Config) -> float:
     rest = shape.total_weights - linear
     if config.method.base is Base.as_is:
         return (linear + rest) * compute
-    # Preparing a quantised model turns embeddings, head and norms into fp32; DeepSpeed's half modes turn them back.
-    rest_bytes = compute if config.engine.kind is EngineKind.deepspeed else 4
+    # Preparing a bitsandbytes model turns embeddings, head and norms into fp32; DeepSpeed's half modes turn them back.
+    rest_bytes = compute if config.engine.kind is EngineKind.deepspeed or multiplies_int8(config) else 4
     if config.method.base is Base.nf4:
         return linear * NF4_BYTES + rest * rest_bytes
     rows = shape.layers * sum(outputs for _, _, outputs in shape.linears)

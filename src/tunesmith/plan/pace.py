@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.config import Compute, Config, EngineKind
+from tunesmith.config import Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import Card, Overheads
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
 from tunesmith.plan.network import network_bytes_per_s, traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import replayed
-from tunesmith.plan.shapes import ModelShape
+from tunesmith.plan.shapes import ModelShape, multiplies_int8
 
 READS = 2
 """Times that a tensor is read for each time it is written: by the next operator, and in backward."""
@@ -26,6 +26,10 @@ class Speed:
 
     matmul_share: float
     """Of the peak, in matmuls of a training step's sizes."""
+    attention_share: float
+    """Of the peak, over the scores of fused attention."""
+    product_s: float
+    """Time that a matmul takes besides: on a CPU a kernel's start; a card's is in operator_s."""
     bytes_per_s: float
     """Memory traffic of elementwise operators, reads and writes."""
     operator_s: float
@@ -38,13 +42,20 @@ class Speed:
     """Between a card and main memory, one way."""
 
 
-# A CPU: shares of what `hardware.overheads` measures there, by least squares over every second configuration of bench/pace.py on two
-# cores of an AMD EPYC with AVX-512 (2026-11-24). A small model's matmuls reach a part of the peak of 2048 x 2048, less of the higher one
-# in bf16. An operator of a model is several calls of Python; its blocks are in a cache less often than two of 4 MB.
-CPU_MATMUL = {Compute.fp32: 0.60, Compute.bf16: 0.24, Compute.fp16: 0.24}
-CPU_BANDWIDTH = 0.28
-CPU_OPERATOR = 4.6
-CPU_RANDOM = 1.0
+# A CPU: shares of what `hardware.overheads` measures there, by least squares over the grid of bench/pace.py and four steps of
+# bench/roofline.py, on two cores of an AMD EPYC with AVX-512 (2026-11-24). fp32's share is set, not fitted: what matmuls of SmolLM2-135M
+# reach of the rate at 2048 x 2048. Small matmuls pay for their kernel's start, which is seen apart (docs/log.md: 25 microseconds). An
+# operator of a model is several calls of Python; its blocks are in a cache less often than two of 4 MB.
+CPU_MATMUL = {Compute.fp32: 0.85, Compute.bf16: 0.29, Compute.fp16: 0.29}
+CPU_ATTENTION = {Compute.fp32: 0.20, Compute.bf16: 0.14, Compute.fp16: 0.14}
+CPU_PRODUCT = {Compute.fp32: 9.8, Compute.bf16: 6.9, Compute.fp16: 6.9}
+"""Of operator_s."""
+CPU_BANDWIDTH = 0.19
+CPU_OPERATOR = 5.7
+CPU_RANDOM = 0.65
+CPU_INT8 = 4.0
+"""How many times as fast as fp32 matmuls those of int8 are: 64 numbers an instruction with AVX-512 VNNI and not 16; 2,000 and 490 GOPS were
+measured there."""
 TYPICAL = Overheads(190e9, 2.6e-6, 4.1e-9)
 """Of that machine, for one where nothing has been measured yet."""
 CPU_LINK = 1.5e9
@@ -70,12 +81,13 @@ def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = 
     if card is None:
         cpu = overheads or TYPICAL
         return Speed(
-            CPU_MATMUL[compute], CPU_BANDWIDTH * cpu.bytes_per_s, CPU_OPERATOR * cpu.operator_s, CPU_RANDOM * cpu.random_s,
+            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_PRODUCT[compute] * cpu.operator_s, CPU_BANDWIDTH * cpu.bytes_per_s,
+            CPU_OPERATOR * cpu.operator_s, CPU_RANDOM * cpu.random_s,
             CPU_LINK, MAIN_MEMORY,
         )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
-    return Speed(share, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, 0.0, link, host)
+    return Speed(share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, 0.0, link, host)
 
 
 def step_seconds(
@@ -86,6 +98,7 @@ def step_seconds(
     *,
     local_size: int = 0,
     flops: float,
+    attention: float,
     peak_flops: float,
     tokens: int,
     accumulation: int,
@@ -95,14 +108,18 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
-    local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step. tokens: of one of its
-    `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
+    local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step, `attention` of them over scores. tokens: of
+    one of its `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
     with a loss (None: TARGET_SHARE of them). overheads: of this CPU.
     """
     speed, compute = speed_of(card, config.precision.compute, overheads), BYTES[config.precision.compute]
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
-    matmul = flops / (peak_flops * speed.matmul_share)
+    in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
+    gain = card.peak["int8"] / card.peak[config.precision.compute.value] if card and in_int8 and "int8" in card.peak else CPU_INT8
+    linear = flops - attention - in_int8 + in_int8 / gain
+    matmul = (linear / speed.matmul_share + attention / speed.attention_share) / peak_flops
+    matmul += accumulation * work.products * speed.product_s
     memory = accumulation * ((1 + READS) * work.written / speed.bytes_per_s + work.random * speed.random_s)
     host = accumulation * work.operators * speed.operator_s
     if card:
@@ -119,6 +136,13 @@ def step_seconds(
     sent = traffic(shape, config, world_size, accumulation, trained)
     waited = sent.seconds(world_size, local_size or world_size, speed.link_bytes_per_s, network_bytes_per_s(config))
     return {"matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": waited}
+
+
+def _int8_flops(shape: ModelShape, config: Config, tokens: int) -> float:
+    """FLOPs of `tokens` tokens in frozen layers that are multiplied in int8 (precision.int8=dynamic)."""
+    lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
+    uses = shape.layers + (shape.layers - lowest) * (2 if config.engine.checkpointing else 1)
+    return 2.0 * shape.matmul_weights_per_layer * uses * tokens
 
 
 def checkpoint_gib(shape: ModelShape, config: Config) -> tuple[float, float]:

@@ -48,7 +48,7 @@ class Setting:
     """Which of embed_tokens and lm_head are trained."""
     autocast: bool = False
     quantised: str = ""
-    """nf4 or int8: a weight is dequantised whole for each matmul."""
+    """nf4 or int8: a weight is dequantised whole for each matmul; dynamic: an activation is quantised for it."""
     rank: int = 0
     adapted: frozenset[Linear] = frozenset()
     first_layer: int = 0

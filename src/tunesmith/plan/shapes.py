@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Engine, EngineKind, Method, MethodKind
+from tunesmith.config import Base, Config, Engine, EngineKind, Int8, Method, MethodKind
 
 Linear = tuple[str, int, int]
 """(name, inputs, outputs) of one linear layer."""
@@ -149,12 +149,18 @@ class ModelShape:
         return adapters // self.layers * len(self.adapted_layers(method)) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
 
 
-def joins_adapters(method: Method, gathered: bool = False) -> bool:
+def joins_adapters(method: Method, gathered: bool = False, in_int8: bool = False) -> bool:
     """Whether a base layer and its adapter are computed as one operator (model/linear.py), and not as PEFT does.
 
-    gathered: weights come to each layer by a hook on it, as `gathers_by_hooks` says.
+    gathered: weights come to each layer by a hook on it, as `gathers_by_hooks` says. in_int8: as `multiplies_int8` says.
     """
-    return method.kind is MethodKind.lora and method.base is Base.as_is and not (method.dora or method.dropout or gathered)
+    is_ours = method.base is Base.as_is or in_int8
+    return method.kind is MethodKind.lora and is_ours and not (method.dora or method.dropout or gathered)
+
+
+def multiplies_int8(config: Config) -> bool:
+    """Whether frozen layers are int8 and multiplied as such forward and back (model/int8.py)."""
+    return config.method.base is Base.int8 and config.precision.int8 is Int8.dynamic
 
 
 def gathers_by_hooks(engine: Engine) -> bool:
