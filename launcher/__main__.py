@@ -160,7 +160,6 @@ def search(asked: argparse.Namespace, words: Sequence[str]) -> int:
     if asked.dry:
         print(shlex.join(command(found.largest.words)))
         return 0
-    os.chdir(ROOT)
     return run_search(found, command)
 
 

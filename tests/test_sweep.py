@@ -117,7 +117,9 @@ def test_the_best_trial_is_the_lowest_loss_of_a_completed_run(overrides: list[st
 
 
 def test_an_agents_trial_is_one_run() -> None:
-    refused = launcher(["+exp=lora_cpu", "optim.lr=1e-4,2e-4"], {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"})
+    words = [sys.executable, "-m", "launcher", "+exp=lora_cpu", "optim.lr=1e-4,2e-4"]
+    opened = environment({"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"})
+    refused = subprocess.run(words, cwd=ROOT, env=opened, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
     assert refused.returncode == 2
     assert refused.stdout.startswith("tunesmith: 2 trials for the one run that W&B's agent has opened"), refused.stdout
 
