@@ -315,13 +315,14 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     for name in [asked.only] if asked.only else SETS:
+        facts = machine()  # before: the commit that is measured
         with tempfile.TemporaryDirectory() as work:
             try:
                 found = (ablate if asked.ablation else compare)(name, asked.windows, Path(work))
             except Refused as refused:
                 raise SystemExit(f"{name}: not compared — {refused}") from None
         path = RESULTS / f"{'ablation' if asked.ablation else 'train'}-{name}.json"
-        path.write_text(json.dumps(_rounded({"machine": machine(), **found}), indent=1) + "\n")
+        path.write_text(json.dumps(_rounded({"machine": facts, **found}), indent=1) + "\n")
     print(table())
 
 
