@@ -186,7 +186,7 @@ def test_a_model_is_near_its_fp32_self(method: dict[str, Any], tiny_model: Path)
             loss = module(batch)
             loss.backward()
             gradient = torch.cat([weight.grad.flatten() for weight in trained(module).values() if weight.grad is not None])
-            found.append((float(loss), gradient.clone()))
+            found.append((float(loss.detach()), gradient.clone()))
             ids = torch.arange(3, 20)[None]
             with torch.no_grad(), for_generation(module.model) as model:
                 said = new_tokens(model, ids, torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0)

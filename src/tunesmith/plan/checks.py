@@ -188,7 +188,7 @@ def _fsdp_problems(config: Config, world_size: int) -> Iterator[str]:
     if method.base is not Base.as_is:
         yield (
             f"engine.fsdp=true: cuts weights into pieces, which tears a {method.base.value} base from the scales it is stored with "
-            "— type method.base=as_is, or engine.fsdp=false"
+            "— type engine.fsdp=false, or method.base=as_is"
         )
     if optim not in (OptimizerKind.adamw, OptimizerKind.sgd):
         why = "needs the rows and columns of whole matrices" if optim is OptimizerKind.adafactor else "has kernels for whole tensors only"
