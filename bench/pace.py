@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from tunesmith.plan.replay import replayed
 REPEATS = 8
 
 
-def measured(case: Case, folder: Path) -> float:
-    """Seconds of the best of some steps of the real engine."""
+def engine_of(case: Case, folder: Path) -> Any:
+    """The real engine around a model of the case's shape, made in `folder` if it is not there."""
     from accelerate.state import AcceleratorState
 
     from tunesmith.engine.accelerate import AccelerateEngine
@@ -42,9 +43,15 @@ def measured(case: Case, folder: Path) -> float:
 
     threads = torch.get_num_threads()
     module = build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
     engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
     torch.set_num_threads(threads)  # Accelerate takes one for a rank
+    return engine
+
+
+def measured(case: Case, folder: Path) -> float:
+    """Seconds of the best of some steps of the real engine."""
+    engine = engine_of(case, folder)
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, best = sum(batch.target_count for batch in batches), float("inf")
     gc.collect()

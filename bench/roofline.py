@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from bench.memory import Case, batch_of, model_in
-from bench.pace import flops
+from bench.memory import Case, batch_of
+from bench.pace import engine_of, flops
 from tunesmith.config import Compute
 from tunesmith.hardware import measure_peak, prepare_environment, take_faster_matmul
 from tunesmith.plan.shapes import ModelShape
@@ -60,21 +59,6 @@ ROWS = (
     Step("hidden 2,048", 16, Compute.fp32, False, 400, 2, 0.5),
 )
 """The first is about what an update of the short set of bench/train.py computes, the second a micro-batch of the medium one."""
-
-
-def engine_of(case: Case, folder: Path) -> Any:
-    from accelerate.state import AcceleratorState
-
-    from tunesmith.engine.accelerate import AccelerateEngine
-    from tunesmith.model import build_model
-    from tunesmith.world import World
-
-    threads = torch.get_num_threads()
-    module = build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
-    torch.set_num_threads(threads)  # Accelerate takes one for a rank
-    return engine
 
 
 def family_of(operator: str) -> str:

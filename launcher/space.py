@@ -114,7 +114,9 @@ def typed(value: Any, among: BaseDistribution) -> str:
 
 
 def _ends(among: BaseDistribution) -> list[Any]:
-    return list(among.choices) if isinstance(among, CategoricalDistribution) else [among.low, among.high]  # type: ignore[attr-defined]
+    if isinstance(among, CategoricalDistribution):
+        return list(among.choices)
+    return [among.low, among.high]  # type: ignore[attr-defined]  # all other distributions have them, their base does not say so
 
 
 def _count(among: BaseDistribution) -> float:

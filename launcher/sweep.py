@@ -205,7 +205,10 @@ def run_trial(
             process.wait()
             raise
         if stop.times > told:
-            line.end() if told else line.save_and_stop()
+            if told:  # asked again: now
+                line.end()
+            else:
+                line.save_and_stop()
             told = stop.times
         elif not pruned and not told and (pruned := hopeless()):
             line.save_and_stop()

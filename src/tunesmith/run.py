@@ -247,7 +247,7 @@ def failures(world: World) -> Iterator[list[RunFolder]]:
             folder.wait_for_last_word()
             preempted = stopped.by in (signal.SIGUSR1, signal.SIGUSR2) and not lifeline.asked()
             folder.set_status("preempted" if preempted else "stopped", step=stopped.step)
-        with suppress(OSError):
+        with suppress(OSError):  # whoever read it is gone
             if world.is_main:
                 print(f"tunesmith: {stopped}", file=sys.stderr)
         leave(STOPPED)

@@ -390,7 +390,7 @@ def _load_dataset(name: str) -> Callable[..., Iterable[dict[str, Any]]]:
         from datasets import load_dataset
     except ImportError:
         raise Refusal(f"{name}: reading it needs the package datasets — pip install 'tunesmith[hub]'") from None
-    return load_dataset  # type: ignore[no-any-return]
+    return load_dataset  # type: ignore[no-any-return]  # an optional package, without types here
 
 
 def _without_null(value: Any) -> Any:

@@ -139,7 +139,7 @@ def _ngrams(example: Example, order: int) -> Iterator[tuple[int, ...]]:
             yield tuple(ids[first : at + 1])
 
 
-class _WittenBell(WittenBell):  # type: ignore[misc]
+class _WittenBell(WittenBell):  # type: ignore[misc]  # nltk ships no types
     """nltk's, with the floor, and with sums over a context's followers taken once: the counts no longer change."""
 
     def __init__(self, vocabulary: object, counter: NgramCounter, size: int):
