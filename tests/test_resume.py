@@ -38,10 +38,10 @@ def trained(done: Finished) -> str:
     [
         ("python", 1, ["engine=accelerate"], signal.SIGTERM, 0),
         ("deepspeed", 1, ["engine=deepspeed"], signal.SIGINT, 0),
-        ("torchrun", 2, ["engine=accelerate"], signal.SIGUSR1, 1),
+        ("torchrun", 2, ["engine=accelerate", "method.first_layer=1", "method.cache_frozen=true"], signal.SIGUSR1, 1),
         ("plain", 2, ["engine=deepspeed", "engine.zero=3"], signal.SIGTERM, 1),
     ],
-    ids=["one process", "DeepSpeed", "DDP", "ZeRO-3"],
+    ids=["one process", "DeepSpeed", "DDP and cached states", "ZeRO-3"],
 )
 def test_stop_and_resume_is_bitwise(
     launcher: str, ranks: int, engine: list[str], stop_signal: int, rank: int, overrides: list[str], tmp_path: Path
