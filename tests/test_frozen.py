@@ -32,6 +32,8 @@ from tunesmith.model import FrozenStates, TargetLoss, build_model, decoder_layer
 from tunesmith.model.frozen import RECORD, STATES, _runs
 from tunesmith.plan import above_frozen, beside, describe, make_plan, problems, run_id, shape_of, step_flops
 from tunesmith.plan.checks import changed
+from tunesmith.run import RunFolder
+from tunesmith.world import World
 
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -373,6 +375,13 @@ def test_a_disk_without_room_is_refused(base: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(Refusal, match=r"GiB for \d+ states, and 9.3e-06 GiB are free in .* — .* or type method.cache_frozen=false"):
         frozen(base, tmp_path / "frozen").prepare()
     assert not (tmp_path / "frozen").exists()
+
+
+def test_a_run_without_room_is_refused_before_its_model_loads(tmp_path: Path) -> None:
+    config = config_of(**ON, outputs=str(tmp_path))
+    plan = make_plan(config, HERE, 1, 400, tokens=40_000, longest_tokens=200, beginnings=10**13)
+    with pytest.raises(Refusal, match=r"GiB free in outputs=.*, the checkpoints need about 0.1 GiB and the states 21457672.1 GiB — .* method.cache_frozen=false"):
+        RunFolder.of(config, plan, World()).open(config, plan, "data")
 
 
 def test_the_plan_says_what_it_takes_and_saves() -> None:
