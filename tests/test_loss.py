@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def gradients(head: nn.Linear, x: torch.Tensor, of_loss: torch.Tensor) -> list[t
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def peak_of(step: Callable[[], Any]) -> int:
+    """The most bytes that a step has beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
+        step()
+    live = highest = 0
+    for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
+        live += size
+        highest = max(highest, live)
+    return highest
 
 
 @pytest.mark.parametrize("positions", [1, 40, 101])
@@ -164,6 +176,27 @@ def test_halves_are_no_worse_than_the_plain_way(trained: bool, monkeypatch: pyte
             assert distance(mine, wanted) < 1.1 * distance(others, wanted) + 1e-3
 
 
+@pytest.mark.parametrize("in_halves", [False, True], ids=["autocast", "halves"])
+def test_blocks_of_a_trained_heads_gradient_are_the_whole_in_less_memory(in_halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bf16 meets fp32, a CPU would copy all of it."""
+    vocabulary, width = 4000, 64
+    monkeypatch.setattr(shapes, "LOGITS_ROWS", 16)
+    head = Head(vocabulary, width).lm_head.to(torch.bfloat16 if in_halves else torch.float32)
+    x = torch.randn(40, width).to(head.weight.dtype).requires_grad_()
+    found, peaks = [], []
+    for numbers in (vocabulary * width, 300 * width):  # the last block is smaller
+        monkeypatch.setattr(shapes, "BLOCK_NUMBERS", numbers)
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=not in_halves):
+                ours = measured(head, x, targets_of(40, vocabulary))
+            found.append(gradients(head, x, ours * 0.37))
+
+        peaks.append(peak_of(step))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert peaks[0] - peaks[1] > vocabulary * width * 4, "of the copies in fp32, and of the products, more than one whole is saved"
+
+
 def test_what_is_small_in_fp16_does_not_vanish() -> None:
     """Words that the model is sure of: their gradients, 1e-5 at most, are as good without a scale as the plain way's with a large one."""
     batch, head = targets_of(64, 300), Head(300, 32).lm_head.requires_grad_(False)
@@ -237,13 +270,7 @@ def test_memory_does_not_grow_with_vocabulary_times_targets(trained: bool) -> No
 
     def peak(positions: int, whole: bool = False) -> int:
         batch, x = targets_of(positions, vocabulary), torch.randn(positions, width).requires_grad_()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
-            gradients(head, x, measured(head, x, batch, whole=whole))
-        live = highest = 0
-        for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
-            live += size
-            highest = max(highest, live)
-        return highest
+        return peak_of(lambda: gradients(head, x, measured(head, x, batch, whole=whole)))
 
     piece = LOGITS_ROWS * vocabulary * 4
     few, many = peak(LOGITS_ROWS), peak(8 * LOGITS_ROWS)
@@ -255,10 +282,12 @@ def test_memory_does_not_grow_with_vocabulary_times_targets(trained: bool) -> No
 def test_evaluation_makes_no_gradient() -> None:
     head, batch = Head(4000, 16).lm_head, targets_of(600, 4000)
     x = torch.randn(600, 16).requires_grad_()
+    found: list[torch.Tensor] = []
     with torch.no_grad():
-        ours = measured(head, x, batch)
-    assert not ours.requires_grad
-    assert torch.equal(ours, measured(head, x, batch))
+        peak = peak_of(lambda: found.append(measured(head, x, batch)))
+    assert not found[0].requires_grad
+    assert peak < 1.1 * logits_at_once(600) * 4000 * 4, "a piece at a time"
+    assert torch.equal(found[0], measured(head, x, batch))
 
 
 def test_pieces_are_of_one_size() -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.model.adapters import inner_model
-from tunesmith.plan.shapes import logits_at_once
+from tunesmith.plan.shapes import logits_at_once, words_at_once
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
@@ -85,20 +85,15 @@ class _Summed(torch.autograd.Function):
         starts = torch.arange(0, len(x), logits_at_once(len(x)) or 1)
         pieces = [*zip(starts.tolist(), torch.searchsorted(rows, starts).tolist(), strict=True), (len(x), len(rows))]
         rows = rows.to(device)
-        # Memory that all pieces use: on a CPU new memory of this size would be cleared page by page each time.
-        numbers = x.new_empty(logits_at_once(len(x)), len(weight), dtype=torch.float32)
-        halves = None if compute is torch.float32 else numbers.new_empty(numbers.shape, dtype=compute)
         of_x = torch.empty_like(x, dtype=compute) if wants_x else None
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight and halves is not None and len(pieces) > 2 else None
+        adds_up = wants_weight and compute is not torch.float32 and len(pieces) > 2
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if adds_up else None
         loss = x.new_zeros(1, dtype=torch.float32)
         for (start, first), (stop, last) in pairwise(pieces):
             part, share = x[start:stop].to(compute), shares[start:stop]
             of, named, count = rows[first:last] - start, labels[first:last], counts[first:last]
-            logits = numbers[: stop - start]
-            gradient = logits if halves is None else halves[: stop - start]
-            torch.mm(part, matrix.t(), out=gradient)
-            if halves is not None:
-                logits.copy_(gradient)
+            gradient = torch.mm(part, matrix.t())  # into memory of its own: oneDNN would make one beside it all the same
+            logits = gradient.float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits[of, named]
             mean = logits.mean(1) if smoothing else share
@@ -107,20 +102,21 @@ class _Summed(torch.autograd.Function):
             loss += (1 - smoothing) * ((height[of] - chosen) @ count)
             if smoothing:
                 loss += smoothing * ((height - mean) @ share)
-            if not (wants_x or wants_weight):
-                continue
-            # Of a position's targets together as if they counted once: p - 1 where one of them is, p elsewhere.
-            logits.mul_((UNIT / total)[:, None])
-            if smoothing:
-                logits.sub_(UNIT * smoothing / len(weight))
-            logits[of, named] -= (UNIT * (1 - smoothing)) * count / share[of]
-            if halves is not None:
-                gradient.copy_(logits)
+            if wants_x or wants_weight:
+                # Of a position's targets together as if they counted once: p - 1 where one of them is, p elsewhere.
+                logits.mul_((UNIT / total)[:, None])
+                if smoothing:
+                    logits.sub_(UNIT * smoothing / len(weight))
+                logits[of, named] -= (UNIT * (1 - smoothing)) * count / share[of]
+                if gradient is not logits:
+                    gradient.copy_(logits)
+            del logits
             if of_x is not None:
                 torch.mm(gradient, matrix, out=of_x[start:stop])
             if wants_weight:
                 part = (part * (share / UNIT)[:, None]).to(compute)
-                of_weight = _added(of_weight, gradient.t(), part)
+                of_weight = _added(of_weight, gradient, part)
+            del gradient  # before there is the next piece's
         if of_weight is not None:
             of_weight = of_weight.to(weight.dtype)
         elif wants_weight:
@@ -136,15 +132,26 @@ class _Summed(torch.autograd.Function):
         if of_x is not None:
             of_x = of_x.float().mul_((shares * of_loss)[:, None]).to(dtype)
         if of_weight is not None:
-            of_weight.mul_(of_loss)
+            for block in torch.split(of_weight, _words(of_weight)):
+                block.mul_(of_loss)
         return of_x, of_weight, None, None, None
 
 
 def _added(total: torch.Tensor | None, gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A piece's gradient to the weight, and what those before it came to, which is fp32."""
     if total is None:
-        return torch.mm(gradient, part)
-    return torch.addmm(total, gradient, part, out=total) if part.dtype is total.dtype else total.add_(torch.mm(gradient, part))
+        return torch.mm(gradient.t(), part)
+    if part.dtype is total.dtype:
+        return torch.addmm(total, gradient.t(), part, out=total)
+    words = _words(total)
+    for block, of_block in zip(torch.split(total, words), torch.split(gradient, words, dim=1), strict=True):
+        block.add_(torch.mm(of_block.t(), part))
+    return total
+
+
+def _words(weight: torch.Tensor) -> int:
+    """Rows of a head's weight that are worked on together where halves meet fp32: all on a card, which converts as it computes."""
+    return words_at_once(*weight.shape) if weight.device.type == "cpu" else len(weight)
 
 
 def measure_at_head(model: Any) -> None:

@@ -142,6 +142,7 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         prompt=method.virtual_tokens if method.kind is MethodKind.prompt else 0,
         dropout=method.dropout > 0 and lora,
         mask=4 if cpu else 1,
+        copies=cpu,
         recomputed=config.engine.checkpoint_every if config.engine.checkpointing else 0,
         repeats_keys=not flash,
         masked=0 if cpu else config.data.max_tokens,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.linears import Linears
-from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once
+from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 
@@ -73,6 +73,8 @@ class Setting:
     """One of every so many layers, from the lowest trained one on, is recomputed in backward; 0: none."""
     repeats_keys: bool = False
     """Grouped keys and values are repeated for each query head before attention."""
+    copies: bool = False
+    """Where two types meet, an operator copies a whole tensor to the wider one first, as a CPU's do."""
     masked: int = 0
     """Where a kernel for keys that a whole micro-batch shares is missing, i.e. on a card, keys of virtual tokens are copied to each
     conversation, and a mask has this many rows: tokens of the longest conversation. 0: on a CPU."""
@@ -410,35 +412,53 @@ class Step(Linears):
         stored = setting.ends if trained else setting.stored
         bytes = setting.compute if setting.autocast else stored
         piece = logits_at_once(rows)
-        several = piece < rows
+        adds_up = trained and piece < rows and bytes < 4
+        words = words_at_once(shape.vocab, shape.hidden) if setting.copies else shape.vocab
+        numbers, blocks = words * shape.hidden, math.ceil(shape.vocab / words)
 
         weight = self.block(weights * bytes if bytes != stored else 0, "buffers")
-        numbers = self.block(piece * shape.vocab * 4, "logits")
-        halves = self.block(piece * shape.vocab * bytes if bytes < 4 else 0, "logits")
         of_x = self.block(x.rows * x.width * bytes) if x.node else None
-        of_weight = self.block(weights * (4 if several else bytes), "gradients") if trained else None
+        of_weight = self.block(weights * 4, "gradients") if adds_up else None
         for start in range(0, rows, piece or 1):
             inner = min(piece, rows - start) * shape.hidden
             part = self.block(inner * bytes if bytes != x.bytes else 0)
+            gradient = self.block(min(piece, rows - start) * shape.vocab * bytes, "logits")
+            logits = self.block(min(piece, rows - start) * shape.vocab * 4 if bytes < 4 else 0, "logits")
             self.heap.written += 3 * min(piece, rows - start) * shape.vocab * 4  # in place: less the highest, exp, and that scaled
             self.heap.blocks += 12
-            self.heap.products += 1 + (x.node is not None) + trained
+            self.heap.products += 1 + (x.node is not None)
+            del logits
             if trained:
                 wide = self.block(inner * 4)
                 part = self.block(inner * bytes if bytes < 4 else 0)
-                product = self.block(weights * bytes if several and bytes < 4 else 0, "gradients")
-                del wide, product
-            del part
+                del wide
+                self.heap.products += blocks if adds_up else 1
+                if adds_up:
+                    product = self.block(numbers * bytes, "gradients")
+                    copied = self.block(numbers * 4 if setting.copies else 0, "gradients")
+                    del product, copied
+                    self.heap.written += (weights - numbers) * (bytes + 4)  # the other blocks
+                    self.heap.blocks += 2 * (blocks - 1)
+                else:
+                    of_weight = of_weight or self.block(weights * bytes, "gradients")
+            del part, gradient
         if of_weight and of_weight.size != weights * stored:
             of_weight = self.block(weights * stored, "gradients")
-        del numbers, halves, weight
+        del weight
 
         def run(_: list[Block], made: list[Block | None] = [of_x, of_weight]) -> Gradients:  # noqa: B006  # emptied, once
             of_weight, of_x = made.pop(), made.pop()
-            if of_x and bytes < 4:
-                of_x = self.block(x_numbers * 4)
             if of_x and x_bytes < 4:
+                scaled = self.block(x_numbers * 4 if bytes < 4 else 0)
                 of_x = self.block(x_numbers * x_bytes)
+                del scaled
+            elif of_x and bytes < 4:
+                of_x = self.block(x_numbers * 4)
+            if of_weight and stored < 4 and setting.copies:
+                copied = [self.block(numbers * 4, "gradients") for _ in range(2)]
+                del copied
+                self.heap.written += 2 * (weights - numbers) * 4
+                self.heap.blocks += 2 * (blocks - 1)
             if of_weight and shape.tied:
                 self.waiting = of_weight
             elif of_weight:

@@ -21,6 +21,8 @@ LOGITS_ROWS = 256
 """Positions whose logits exist together, at most. A matmul of so many rows with a weight in halves is 256 FLOPs for each byte of the
 weight, and a T4 can do 203 in the time of a byte, an A10 208; of 151,936 words in fp32 it makes 156 MB. On two cores of a CPU and with
 49,152 words 64 rows take 35 % longer than 256, and 512 rows 3 % less."""
+BLOCK_NUMBERS = 2**20
+"""Numbers of a trained head's gradient that a CPU works on together where halves meet fp32: copies of 4 MB stay in its cache."""
 
 # What ChatGLM calls its layers, and what they are in transformers' GLM, which is the same decoder and the one that is trained.
 GLM_LAYERS = {
@@ -178,6 +180,11 @@ def gathers_by_hooks(engine: Engine) -> bool:
 def logits_at_once(positions: int) -> int:
     """Of how many of these positions logits exist together (model/loss.py): pieces of one size but the last, of LOGITS_ROWS at most."""
     return -(-positions // max(1, -(-positions // LOGITS_ROWS)))
+
+
+def words_at_once(vocabulary: int, width: int) -> int:
+    """Of how many words of a trained head a CPU adds up or multiplies gradients in halves at once: it copies them to fp32 for that."""
+    return min(vocabulary, max(1, BLOCK_NUMBERS // width))
 
 
 def glm_targets(targets: Iterable[str]) -> list[str]:
