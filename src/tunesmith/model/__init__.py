@@ -88,7 +88,7 @@ class TargetLoss(nn.Module):
             **inputs,
             position_ids=positions[None].to(device),
             logits_to_keep=predicting.to(device),
-            ragged=attention.rectangles(segments, device),
+            ragged=attention.Layout(segments, device),
             use_cache=False,
         ).logits
         return logits[0]
