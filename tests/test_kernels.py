@@ -102,7 +102,7 @@ def _flash_backward(
 
 
 def _pieces(tensors: Any, q_bounds: Any, k_bounds: Any, q_most: int, k_most: int) -> Iterator[Any]:
-    """Each row or segment apart, [heads, n, d]; keys and values are the ones before the last two places or at the end."""
+    """Each row or segment of all of them apart, [heads, n, d]."""
     if q_bounds is None:
         yield from zip(*(x.transpose(1, 2) for x in tensors), strict=True)
         return

@@ -268,6 +268,18 @@ def test_shared_beginnings_equal_separate_computation(tmp_path: Path) -> None:
         assert float((mine - wanted).norm() / wanted.norm()) < 1e-5
 
 
+def test_shared_beginnings_under_autocast(tmp_path: Path) -> None:
+    """With fp32 weights rotary embedding leaves fp32 queries and keys beside values in halves: all come to the kernels in one type."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    module = build_model(config_for(tmp_path, kind=MethodKind.full), tmp_path, CPU)
+    batch = lay_out(sharing_examples(), Batching.ragged)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(module(batch).item(), rel=0.01)
+
+
 def test_gradients_are_the_same_bits_with_two_threads(tmp_path: Path) -> None:
     """Also where a position has several next tokens, whose gradients are added up."""
     sizes = {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}

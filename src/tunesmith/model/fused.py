@@ -7,6 +7,7 @@ gate and up: nothing in a layer keeps a linear layer's output but they themselve
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -34,5 +35,6 @@ def apply_kernels(model: Any) -> None:
     """Liger's own way into a model that is there already; liger_kernel imports Triton, so it is not imported before."""
     from liger_kernel import transformers as liger
 
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it reports each of its back ends that is not installed
     apply = getattr(liger, f"apply_liger_kernel_to_{model.config.model_type}")
     apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model)
