@@ -193,8 +193,8 @@ class Engine:
     checkpoint_every: int = 1
     """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
     liger: Liger = Liger.auto
-    """Norms, rotary embedding and SwiGLU by Liger's kernels: auto takes them where liger-kernel is installed and the card's compute
-    capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
+    """Rotary embedding, and in full training norms and SwiGLU, by Liger's kernels: auto takes them where liger-kernel is installed and the
+    card's compute capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
     fit: bool = False
     """Let the plan choose zero, offload and checkpointing: the fastest that fits, which it then names. What is set of them is ignored."""
     timeout_s: int = 600

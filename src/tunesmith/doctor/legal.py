@@ -172,7 +172,7 @@ def choices(config: Config | None, capability: tuple[int, int] | None) -> Iterat
     fused = ""
     if config and capability:  # which family the model is of, is not known here
         why = without_liger(config, capability)
-        fused = f"; norms, rotary embedding and SwiGLU {f'by PyTorch ({why})' if why else 'by Liger, but for GLM'}"
+        fused = f"; rotary embedding, in full training norms and SwiGLU, {f'by PyTorch ({why})' if why else 'by Liger, but for GLM'}"
     yield ok("choice", f"compile off: this program does not compile its models ({cell.legal} on {on}: {cell.why}){fused}")
 
 
