@@ -19,6 +19,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, Int8, MethodKind
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.frozen import FrozenStates
 from tunesmith.model.fused import fuse
 from tunesmith.model.int8 import quantise_layers
 from tunesmith.model.linear import join_adapters
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "DTYPES", "TargetLoss", "build_model", "check_source", "decoder_layers", "for_generation", "free_gib", "load_tokenizer",
+    "DTYPES", "FrozenStates", "TargetLoss", "build_model", "check_source", "decoder_layers", "for_generation", "free_gib", "load_tokenizer",
     "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter", "save_model", "stream",
 ]  # fmt: skip
 
@@ -48,6 +49,8 @@ class TargetLoss(nn.Module):
 
     whole_logits = False
     """All logits are made together, by a head that gives them: for who listens to it."""
+    frozen: FrozenStates | None = None
+    """What the layers below the lowest trained one have given, with method.cache_frozen."""
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, neftune_alpha: float = 0.0):
         super().__init__()
@@ -59,7 +62,7 @@ class TargetLoss(nn.Module):
         """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
         device = next(self.model.parameters()).device
         targets = Targets(batch, self.label_smoothing if self.training else 0.0)  # held-out losses stay comparable
-        with nullcontext() if self.whole_logits else targets.asked():
+        with nullcontext() if self.whole_logits else targets.asked(), self.frozen.serving(batch) if self.frozen else nullcontext():
             loss = targets.loss(self._logits(batch, device))
         return loss if batch.weight else loss * 0.0
 
@@ -93,6 +96,11 @@ class TargetLoss(nn.Module):
             use_cache=False,
         ).logits
         return logits[0]
+
+    def take_states(self, states: FrozenStates) -> None:
+        """Let what is frozen below the lowest trained layer be computed once for each beginning of the training data."""
+        states.attach(self.model)
+        self.frozen = states
 
     def train(self, mode: bool = True) -> TargetLoss:
         """Training or evaluation mode, for every layer but NF4 ones."""
