@@ -38,6 +38,7 @@ HOMES = {
     "rich": {"metrics", "data", "report"},  # whoever talks to a terminal
     "peft": {"model"},
     "bitsandbytes": {"model", "doctor"},
+    "liger_kernel": {"model"},
     "transformers": {"model"},
     "huggingface_hub": {"model"},
     "hydra": {"compose", "train.py", "launcher"},

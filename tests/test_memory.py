@@ -110,14 +110,17 @@ def test_what_is_never_trained_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize("more", [(PREFIX,), (PROMPT,)], ids=["prefix", "prompt"])
-def test_a_card_copies_virtual_keys_to_each_conversation(more: tuple[tuple[str, Any], ...]) -> None:
-    """And has a mask over them, so that it is never less than on a CPU, which shares them."""
+def test_a_card_shares_virtual_keys_where_its_kernels_can_be_merged(more: tuple[tuple[str, Any], ...]) -> None:
+    """Where they cannot, each conversation has a copy of them, and there is a mask."""
     case = Case("llama", 0, Compute.fp32, False, 64, 4, 0.1, more=more)
     config = case.config()
     config.data.max_tokens = 64
-    here, there = (replayed(case.shape, setting_of(case.shape, config, cpu=cpu)).peak for cpu in (True, False))
-    copies = 4 * (64 + 20) * 128 * 4  # rows x (own and virtual) x width x bytes
-    assert there > here + case.shape.layers * copies
+    card = setting_of(case.shape, config)
+    assert (card.masked, card.repeats_keys) == (0, True), "fp32's kernel has no grouped keys"
+    here, there, copied = (replayed(case.shape, x).peak for x in (setting_of(case.shape, config, cpu=True), card, replace(card, masked=64)))
+    copies = 4 * 20 * 128 * 4  # rows x virtual x width x bytes, of keys and as much of values
+    assert here < there < copied - 1.5 * case.shape.layers * copies
+    assert setting_of(replace(case.shape, head_dim=12), config).masked == 64
 
 
 def test_dora_with_dropout_keeps_a_quantised_weight_whole() -> None:

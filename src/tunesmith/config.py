@@ -48,6 +48,12 @@ class EngineKind(Enum):
     accelerate = "accelerate"
 
 
+class Liger(Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class OptimizerKind(Enum):
     adamw = "adamw"
     adamw_8bit = "adamw_8bit"
@@ -188,6 +194,9 @@ class Engine:
     """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
     checkpoint_every: int = 1
     """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
+    liger: Liger = Liger.auto
+    """Rotary embedding, and in full training norms and SwiGLU, by Liger's kernels: auto takes them where liger-kernel is installed and the
+    card's compute capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
     fit: bool = False
     """Let the plan choose zero, offload and checkpointing: the fastest that fits, which it then names. What is set of them is ignored."""
     timeout_s: int = 600

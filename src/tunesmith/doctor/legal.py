@@ -14,7 +14,7 @@ from tunesmith.config import Base, Config
 from tunesmith.doctor.findings import Finding, fail, ok, warn
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan.checks import target
-from tunesmith.plan.shapes import multiplies_int8
+from tunesmith.plan.shapes import multiplies_int8, without_liger
 
 Legal = Literal["yes", "no", "slow"]
 NOT_YET = "not yet run on that card"
@@ -155,8 +155,8 @@ def choices(config: Config | None, capability: tuple[int, int] | None) -> Iterat
     compute = config.precision.compute.value if config else best
     yield _choice("precision", compute, row, on, f"precision={best}")
     kernel = kernel_for(row, compute)
-    masked = "; with a mask, where conversations share a beginning, efficient" if kernel == "flash" and capability else ""
-    yield ok("choice", f"attention {kernel} for {compute} on {on}: {row.cells[kernel].why}{masked}")
+    merged = "; shared beginnings by the same kernel, merged (not yet run on a card)" if kernel != "math" and capability else ""
+    yield ok("choice", f"attention {kernel} for {compute} on {on}: {row.cells[kernel].why}{merged}")
     bases = [base.value for base in (Base.nf4, Base.int8)]
     if config is None:
         legal = [base for base in bases if row.cells[base].legal == "yes"]
@@ -169,7 +169,11 @@ def choices(config: Config | None, capability: tuple[int, int] | None) -> Iterat
     else:
         yield _choice("base", config.method.base.value, row, on, "method.base=as_is")
     cell = row.cells["compile"]
-    yield ok("choice", f"compile off: this program does not compile its models ({cell.legal} on {on}: {cell.why})")
+    fused = ""
+    if config and capability:  # which family the model is of, is not known here
+        why = without_liger(config, capability)
+        fused = f"; rotary embedding, in full training norms and SwiGLU, {f'by PyTorch ({why})' if why else 'by Liger, but for GLM'}"
+    yield ok("choice", f"compile off: this program does not compile its models ({cell.legal} on {on}: {cell.why}){fused}")
 
 
 def _choice(what: str, feature: str, row: Row, on: str, otherwise: str) -> Finding:

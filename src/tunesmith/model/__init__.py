@@ -20,6 +20,7 @@ from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
 from tunesmith.model.frozen import FrozenStates
+from tunesmith.model.fused import fuse
 from tunesmith.model.int8 import quantise_layers
 from tunesmith.model.linear import join_adapters
 from tunesmith.model.loss import Targets, measure_at_head
@@ -91,7 +92,7 @@ class TargetLoss(nn.Module):
             **inputs,
             position_ids=positions[None].to(device),
             logits_to_keep=predicting.to(device),
-            ragged=attention.rectangles(segments, device),
+            ragged=attention.Layout(segments, device),
             use_cache=False,
         ).logits
         return logits[0]
@@ -138,6 +139,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     """
     torch.manual_seed(config.train.seed)  # adapter initialisation, equal on every rank
     model = _load(folder, config, device)
+    fuse(model, config, device)
     dynamic = config.method.base is Base.int8 and config.precision.int8 is Int8.dynamic
     if dynamic:
         quantise_layers(model, device)

@@ -1,23 +1,26 @@
 """Attention over conversations laid end to end: no token sees another conversation, and no T x T mask exists.
 
 Registered through transformers' AttentionInterface, so every model that takes its attention from there has it. The linear
-layers see real tokens only; here alone conversations of similar length are put into a rectangle. Padding goes on the
-right, where causality already hides it from every real token, so SDPA's causal path needs no mask, on any device.
-Segments that continue a common beginning attend to it without a copy of it.
+layers see real tokens only. Here alone conversations of similar length are put into a rectangle, padded on the right, where
+causality already hides the padding from every real token; or, where a kernel takes segments between bounds (kernels.py),
+they stay end to end. Segments that continue a common beginning attend to it without a copy of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.data.layout import Segment
+from tunesmith.model.kernels import Causal, Kernels, attend, attend_backward, kernels_for
 
 NAME = "tunesmith_ragged"
 WASTE = 1.25
@@ -33,31 +36,55 @@ class Rectangle:
     stop: int
     """Their tokens are [start, stop) of the micro-batch."""
     rows: int
-    longest: int
+    width: int
+    """Cells of a row."""
+    causal: Causal
     cells: torch.Tensor | None
-    """Row-major cell of each token, int64 [stop - start]; None where all are equally long and a view does."""
+    """Row-major cell of each token, int64 [stop - start]; None where there is no padding and a view does."""
     context: tuple[tuple[int, int], ...]
     """The [start, stop) of the segments that all of them continue."""
 
 
-def rectangles(segments: Sequence[Segment], device: torch.device | str = "cpu") -> list[Rectangle]:
-    """Cut a micro-batch into rectangles of neighbouring segments with the same context and bounded waste."""
+def rectangles(segments: Sequence[Segment], device: torch.device | str = "cpu", packed: bool = False) -> list[Rectangle]:
+    """Cut a micro-batch into rectangles of neighbouring segments with the same context and bounded waste.
+
+    packed: none of it is wasted: all neighbours with the same context are one row, with bounds between them.
+    """
     found: list[Rectangle] = []
     first = 0
     while first < len(segments):
         last, tokens, longest = first, 0, 0
         while last < len(segments) and segments[last].context == segments[first].context:
             widest = max(longest, segments[last].length)
-            if (last - first + 1) * widest > WASTE * (tokens + segments[last].length):
+            if not packed and (last - first + 1) * widest > WASTE * (tokens + segments[last].length):
                 break
             last, tokens, longest = last + 1, tokens + segments[last].length, widest
         group = segments[first:last]
-        cells = None
-        if any(segment.length != longest for segment in group):
+        rows, width, cells, bounds = len(group), longest, None, None
+        if packed:
+            rows, width = 1, tokens
+            starts = [*(segment.start - group[0].start for segment in group), tokens]
+            bounds = torch.tensor(starts, dtype=torch.int32).to(device)
+        elif any(segment.length != longest for segment in group):
             cells = torch.cat([torch.arange(s.length) + row * longest for row, s in enumerate(group)]).to(device)
-        found.append(Rectangle(group[0].start, group[-1].stop, len(group), longest, cells, group[0].context))
+        found.append(Rectangle(group[0].start, group[-1].stop, rows, width, Causal(longest, bounds), cells, group[0].context))
         first = last
     return found
+
+
+class Layout:
+    """Where a micro-batch's segments lie, for all layers; an object, so that nobody on the way takes it apart."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu"):
+        self.segments, self.device = segments, device
+
+    @cached_property
+    def padded(self) -> list[Rectangle]:
+        return rectangles(self.segments, self.device)
+
+    @cached_property
+    def packed(self) -> list[Rectangle]:
+        return rectangles(self.segments, self.device, packed=True)
 
 
 def behind(tokens: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -77,7 +104,7 @@ def ragged_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    ragged: Sequence[Rectangle] | None = None,
+    ragged: Layout | None = None,
     prefix: Sequence[torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -89,106 +116,83 @@ def ragged_attention(
     if ragged is None:
         raise RuntimeError(f"{NAME} attention needs the layout of the micro-batch (keyword `ragged`)")
     # Squeezed and split, not indexed and sliced: backward of those fills a tensor with zeros for each, and adds them up.
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
+    q, k, v = (_as_computed(x).squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
+    kernels = kernels_for(q, dropout)
     shared = q.shape[1] // k.shape[1]
-    grouped = shared > 1 and _flash_serves(q)
-    if shared > 1 and not grouped:
+    if shared > 1 and not (kernels and kernels.groups):
+        # Grouped keys would send SDPA to its plain path with n x n scores; repeated keys keep its memory-efficient kernel.
         k, v, first_k, first_v = (x.repeat_interleave(shared, dim=1) for x in (k, v, first_k, first_v))
-    done, sizes = [], [box.stop - box.start for box in ragged]
-    for box, *parts in zip(ragged, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
+    boxes = ragged.packed if kernels and kernels.packs else ragged.padded
+    done, sizes = [], [box.stop - box.start for box in boxes]
+    for box, *parts in zip(boxes, *(torch.split(x, sizes) for x in (q, k, v)), strict=True):
         box_q, box_k, box_v = (_fill(part, box) for part in parts)
+        ck = cv = None
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
             ck, cv = (torch.cat(parts)[None].transpose(1, 2) for parts in outer)
-            out = _with_context(box_q, box_k, box_v, ck, cv, scaling, dropout)
+        if kernels and (kernels.packs or ck is not None):
+            out = cast(torch.Tensor, _Attention.apply(box_q, box_k, box_v, ck, cv, kernels, box.causal, scaling))  # type: ignore[no-untyped-call]
+        elif ck is None or cv is None:
+            grouped = box_q.shape[1] > box_k.shape[1]
+            out = F.scaled_dot_product_attention(box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
         else:
-            out = F.scaled_dot_product_attention(
-                box_q, box_k, box_v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-            )
-        out = out.transpose(1, 2).reshape(box.rows * box.longest, *q.shape[1:])
+            out = _masked(box_q, box_k, box_v, ck, cv, scaling, dropout)
+        out = out.transpose(1, 2).reshape(box.rows * box.width, *q.shape[1:])
         done.append(out if box.cells is None else out[box.cells])
     return torch.cat(done)[None] if len(done) > 1 else done[0][None], None
 
 
+def _as_computed(x: torch.Tensor) -> torch.Tensor:
+    """In autocast's type, which SDPA casts to and kernels of our own choice do not: rotary embedding may have left fp32 queries."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
-    """[tokens, heads, d] -> [rows, heads, longest, d]."""
+    """[tokens, heads, d] -> [rows, heads, width, d]."""
     if box.cells is not None:
-        cells = tokens.new_zeros(box.rows * box.longest, *tokens.shape[1:])
+        cells = tokens.new_zeros(box.rows * box.width, *tokens.shape[1:])
         tokens = cells.index_copy(0, box.cells, tokens)
-    return tokens.view(box.rows, box.longest, *tokens.shape[1:]).transpose(1, 2)
+    return tokens.view(box.rows, box.width, *tokens.shape[1:]).transpose(1, 2)
 
 
-def _with_context(
+def _masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None, dropout: float
 ) -> torch.Tensor:
-    """Rows of queries [rows, heads, n, d] over one context [1, kv heads, c, d] and, causally, their own keys."""
-    if q.device.type == "cpu" and not dropout:
-        return cast(torch.Tensor, _MergedAttention.apply(q, k, v, ck, cv, scale))  # type: ignore[no-untyped-call]  # torch's
-    # Elsewhere the context is repeated for each row, with a mask of n x (c + n) for all rows together.
+    """Where no kernels can be merged: the context is repeated for each row, with a mask of n x (c + n) for all rows together."""
     rows, n, c = q.shape[0], q.shape[2], ck.shape[2]
     mask = torch.ones(n, c + n, dtype=torch.bool, device=q.device).tril(c)
     keys, values = (torch.cat([x.expand(rows, -1, -1, -1), own], dim=2) for x, own in ((ck, k), (cv, v)))
-    if (shared := q.shape[1] // k.shape[1]) > 1:  # flash has no mask, and the memory-efficient kernel takes no grouped keys
-        keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout)
 
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class _MergedAttention(torch.autograd.Function):
-    """Attention to a shared context and attention to oneself, each by its own kernel call, merged exactly.
-
-    Softmax over two parts is their outputs weighted by the exponentials of their log-sum-exps (FlashAttention's own rule,
-    arXiv 2205.14135). Backward: a kernel that is given the merged output and log-sum-exp returns its exact share of the
-    gradient, since both parts' probabilities are normalised by the same sum. The context is neither copied nor masked.
-    """
+class _Attention(torch.autograd.Function):
+    """Attention to a shared context (None: there is none) and to oneself, by kernels.py: [rows, heads, n, d] and [1, kv heads, c, d]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        rows, heads, n, d = q.shape
-        outer, outer_sum = _forward(_one_row(q), ck, cv, scale=scale)
-        own, own_sum = _forward(q, k, v, 0.0, True, scale=scale)
-        outer = outer.view(heads, rows, n, d).transpose(0, 1)
-        outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
-        total = torch.logaddexp(outer_sum, own_sum)
-        out: torch.Tensor = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, ck, cv, out, total)
-        ctx.scale = scale
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor | None, cv: torch.Tensor | None,
+        kernels: Kernels, causal: Causal, scale: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        context = None if ck is None or cv is None else (ck, cv)
+        out, total, outer_kept, own_kept = attend(kernels, q, k, v, context, causal, scale)
+        ctx.save_for_backward(q, k, v, ck, cv, out, total, *outer_kept, *own_kept)
+        ctx.settings = kernels, causal, scale, len(outer_kept)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, ck, cv, out, total = ctx.saved_tensors
-        rows, heads, n, d = q.shape
-        grad = gradients[0].contiguous()
-        outer_q, grad_ck, grad_cv = _backward(
-            _one_row(grad), _one_row(q), ck, cv, _one_row(out), _one_row(total), 0.0, False, scale=ctx.scale
+        q, k, v, ck, cv, out, total, *kept = ctx.saved_tensors
+        kernels, causal, scale, count = ctx.settings
+        context = None if ck is None else (ck, cv)
+        wants_own = any(ctx.needs_input_grad[:3])  # not in the lowest layer under a learned prefix
+        found = attend_backward(
+            kernels, gradients[0], q, k, v, context, out, total, (kept[:count], kept[count:]), causal, scale, wants_own
         )
-        if not any(ctx.needs_input_grad[:3]):  # the lowest layer under a learned prefix
-            return None, None, None, grad_ck, grad_cv, None
-        own_q, grad_k, grad_v = _backward(grad, q, k, v, out, total, 0.0, True, scale=ctx.scale)
-        return outer_q.view(heads, rows, n, d).transpose(0, 1) + own_q, grad_k, grad_v, grad_ck, grad_cv, None
-
-
-def _one_row(x: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, n, ...] -> [1, heads, rows * n, ...]."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], -1, *x.shape[3:])
-
-
-def _flash_serves(query: torch.Tensor) -> bool:
-    """Whether SDPA has a flash kernel here, which takes grouped keys as they are. Without it (T4, fp32 on a card) grouped
-    keys would send SDPA to its plain path with n x n scores; repeated keys keep its memory-efficient kernel."""
-    if query.device.type == "cpu":
-        return True
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and torch.cuda.get_device_capability(query.device)[0] >= 8
+        return *found, None, None, None
 
 
 AttentionInterface.register(NAME, ragged_attention)

@@ -11,11 +11,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
+from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Liger, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.optimizers import SETTINGS
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8, without_liger
 
 
 class PlanError(Refusal):
@@ -335,6 +335,10 @@ def _hardware_problems(
             f"precision.int8=dynamic: the {card.key} has no int8 units (compute capability {card.capability[0]}."
             f"{card.capability[1]}, they come with 7.5) — type precision.int8=bnb method.base=nf4"
         )
+    # A card of no row says itself what it is, when the model is built.
+    without = without_liger(config, card.capability if card else None, not (shape and shape.fused)) if on_cpu or card else ""
+    if without and config.engine.liger is Liger.on:
+        yield f"engine.liger=on: {without} — type engine.liger=auto"
     size_gib = least_gib(config, world_size, shape, on_cpu) if shape else 0.0
 
     needed = config.hardware.count or world_size

@@ -10,7 +10,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import Setting, replayed
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters, multiplies_int8
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters, multiplies_int8, without_liger
 
 GIB = 2**30
 BYTES = {Compute.fp32: 4, Compute.fp16: 2, Compute.bf16: 2}
@@ -119,7 +119,9 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
     in_int8 = multiplies_int8(config)
     in_fp32 = not deepspeed and (full or (method.base is not Base.as_is and not in_int8))
     card = CARDS.get(config.hardware.card)
-    flash = cpu or (compute == 2 and (card is None or card.capability[0] >= 8))
+    # model/kernels.py: who takes grouped keys as they are, and who can attend to shared keys without a mask.
+    merges = cpu or shape.head_dim % 8 == 0
+    flash = cpu or (merges and compute == 2 and shape.head_dim <= 192 and (card is None or card.capability[0] >= 8))
     return Setting(
         compute=compute,
         stored=4 if in_fp32 else compute,
@@ -144,8 +146,10 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         mask=4 if cpu else 1,
         copies=cpu,
         recomputed=config.engine.checkpoint_every if config.engine.checkpointing else 0,
+        # A card that is not known beforehand is counted as one without: what is too much does no harm.
+        liger=not cpu and card is not None and not without_liger(config, card.capability, not shape.fused),
         repeats_keys=not flash,
-        masked=0 if cpu else config.data.max_tokens,
+        masked=0 if merges else config.data.max_tokens,
         accumulates=accumulates,
     )
 

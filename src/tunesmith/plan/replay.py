@@ -17,6 +17,9 @@ MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
                      no input that a norm or a gate gives
     DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
     prefix, prompt   what attention keeps, and its keys and values of virtual tokens
+
+Liger's kernels (model/fused.py): queries and keys are rotated in place; in full training a norm keeps its input and 1 / rms, SwiGLU
+keeps gate and up, 2cf, and gradients are written over what they come from.
 """
 
 from __future__ import annotations
@@ -71,13 +74,15 @@ class Setting:
     """Bytes of an element of a dropout mask: 1 on a card, a whole number on a CPU."""
     recomputed: int = 0
     """One of every so many layers, from the lowest trained one on, is recomputed in backward; 0: none."""
+    liger: bool = False
+    """Rotary embedding, and in full training norms and SwiGLU, are Liger's kernels (model/fused.py)."""
     repeats_keys: bool = False
     """Grouped keys and values are repeated for each query head before attention."""
     copies: bool = False
     """Where two types meet, an operator copies a whole tensor to the wider one first, as a CPU's do."""
     masked: int = 0
-    """Where a kernel for keys that a whole micro-batch shares is missing, i.e. on a card, keys of virtual tokens are copied to each
-    conversation, and a mask has this many rows: tokens of the longest conversation. 0: on a CPU."""
+    """Where no kernels can be merged (model/kernels.py: head sizes that are not in eights, on a card), keys of virtual tokens are copied to
+    each conversation, and a mask has this many rows: tokens of the longest conversation. 0: elsewhere."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
@@ -124,6 +129,8 @@ class Step(Linears):
         setting, bytes = self.setting, x.bytes
         if setting.again and bytes == setting.stored:
             return self.norm_again(x, groups)
+        if setting.liger and setting.full:
+            return self.fused_norm(x, groups)
         x = self.cast(x, 4)
         size = x.size
         squares = self.block(size)
@@ -157,6 +164,34 @@ class Step(Linears):
             return (gradient,)
 
         return self.apply((x,), x.rows, width, out, run_weight, trained=setting.full)
+
+    def in_place(self, size: float) -> None:
+        """An operator that writes over what is there."""
+        if not self.stopped:
+            self.heap.written += size
+            self.heap.blocks += 1
+
+    def fused_norm(self, x: Value, groups: int) -> Value:
+        """The same as one operator."""
+        root, size, width, setting = self.block(x.rows * groups * 4), x.size, x.width, self.setting
+
+        def run(given: list[Block], saved: object = (x.block, root)) -> Gradients:
+            self.in_place(size)
+            if setting.full:
+                self.keep(self.block(width / groups * setting.stored, "gradients"))
+            return (given[0],)
+
+        return self.apply((x,), x.rows, x.width, x.bytes, run, trained=setting.full)
+
+    def swiglu(self, gate: Value, up: Value) -> Value:
+        """silu(gate) up as one operator, whose gradients take the place of both."""
+        saved, size = (gate.block, up.block), gate.size
+
+        def run(_: list[Block], saved: tuple[Block, Block] = saved) -> Gradients:
+            self.in_place(2 * size)
+            return saved
+
+        return self.apply((gate, up), gate.rows, gate.width, gate.bytes, run)
 
     def norm_again(self, x: Value, groups: int) -> Value:
         """RMSNorm as one operator, which keeps x and 1 / rms."""
@@ -205,6 +240,15 @@ class Step(Linears):
 
     def rotated(self, x: Value) -> Value:
         """Rotary embedding: x cos + rotate_half(x) sin."""
+        if self.setting.liger:
+            self.in_place(x.size)
+            rotated_back = x.size
+
+            def run_in_place(given: list[Block], saved: Block = self.angles) -> Gradients:
+                self.in_place(rotated_back)
+                return (given[0],)
+
+            return self.apply((x,), x.rows, x.width, x.bytes, run_in_place, block=x.block)
         bytes = max(x.bytes, self.angle_bytes)
         full, given = x.rows * x.width * bytes, x.size
         cosine = self.block(full)
@@ -248,11 +292,15 @@ class Step(Linears):
     def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:
         """Attention to keys that all conversations share and to one's own.
 
-        On a CPU each is a kernel call, and the two are merged (model/attention.py). Elsewhere each conversation gets a copy of the
-        shared keys, all heads their own, and there is a mask.
+        Each is a kernel call, and the two are merged (model/kernels.py). Where that cannot be, each conversation gets a copy of the
+        shared keys, and there is a mask.
         """
         setting, shape = self.setting, self.shape
         virtual = setting.prefix or setting.prompt
+        if setting.autocast:
+            q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
+        if setting.repeats_keys and shape.heads > shape.kv_heads:
+            k, v = (self.repeated(x, q.width) for x in (k, v))
         learned: tuple[Value, ...] = ()
         if setting.prefix:
             size = 2 * virtual * shape.kv_width
@@ -271,7 +319,7 @@ class Step(Linears):
             kept: tuple[Block, ...] = (self.block(wide), self.block(wide), self.block(n * (virtual + n) * q.bytes, "buffers"))
             out = self.block(q.size)
         else:
-            kept = (self.block(virtual * shape.kv_width * k.bytes), self.block(virtual * shape.kv_width * v.bytes), k.block, v.block)
+            kept = (self.block(virtual * k.width * k.bytes), self.block(virtual * v.width * v.bytes), k.block, v.block)
             outer, own = self.block(q.size), self.block(q.size)
             merged = [self.block(q.rows * q.width * 4) for _ in range(3)]
             out = merged.pop() if q.bytes == 4 else self.block(q.size)
@@ -316,6 +364,8 @@ class Step(Linears):
         _, _, ups, (down,) = self.shape.blocks
         if len(ups) == 2:
             gate, up = ups
+            if self.setting.liger and self.setting.full:
+                return self.linear(self.swiglu(self.linear(x, gate, layer), self.linear(x, up, layer)), down, layer)
             return self.linear(self.gated(self.linear(x, gate, layer), self.linear(x, up, layer)), down, layer)
         up_states = self.linear(x, ups[0], layer)
         if self.shape.fused:

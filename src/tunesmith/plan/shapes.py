@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Config, Engine, EngineKind, Int8, Method, MethodKind
+from tunesmith.config import Base, Config, Engine, EngineKind, Int8, Liger, Method, MethodKind
 
 Linear = tuple[str, int, int]
 """(name, inputs, outputs) of one linear layer."""
@@ -170,6 +171,22 @@ def joins_adapters(method: Method, gathered: bool = False, in_int8: bool = False
 def multiplies_int8(config: Config) -> bool:
     """Whether frozen layers are int8 and multiplied as such forward and back (model/int8.py)."""
     return config.method.base is Base.int8 and config.precision.int8 is Int8.dynamic
+
+
+def without_liger(config: Config, capability: tuple[int, int] | None, known: bool = True) -> str:
+    """Why norms, rotary embedding and SwiGLU are PyTorch's own and not Liger's kernels (model/fused.py); empty: they are Liger's.
+
+    capability: the card's, None on a CPU. known: the model is Llama's, Mistral's or Qwen's, and not a GLM.
+    """
+    if config.engine.liger is Liger.off:
+        return "engine.liger=off"
+    if capability is None:
+        return "Liger's kernels are for CUDA cards, and this run is on a CPU"
+    if capability < (8, 0):
+        return f"Liger's kernels are taken from compute capability 8.0 on, and this card has {capability[0]}.{capability[1]}"
+    if not known:
+        return "Liger has no kernels for this family of models"
+    return "" if find_spec("liger_kernel") else "liger-kernel is not installed here (pip install liger-kernel)"
 
 
 def gathers_by_hooks(engine: Engine) -> bool:
