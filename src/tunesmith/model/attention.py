@@ -8,7 +8,7 @@ Segments that continue a common beginning attend to it without a copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,7 +101,7 @@ def ragged_attention(
         box_q, box_k, box_v = (_fill(part, box) for part in parts)
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
-            ck, cv = (torch.cat(parts)[None].transpose(1, 2) for parts in outer)
+            ck, cv = ((torch.cat(parts) if box.context else parts[0])[None].transpose(1, 2) for parts in outer)
             out = _with_context(box_q, box_k, box_v, ck, cv, scaling, dropout)
         else:
             out = F.scaled_dot_product_attention(
@@ -145,6 +145,7 @@ class _MergedAttention(torch.autograd.Function):
     Softmax over two parts is their outputs weighted by the exponentials of their log-sum-exps (FlashAttention's own rule,
     arXiv 2205.14135). Backward: a kernel that is given the merged output and log-sum-exp returns its exact share of the
     gradient, since both parts' probabilities are normalised by the same sum. The context is neither copied nor masked.
+    In fp32 its scores are made by plain matmuls, some rows at a time, which are seven times as fast as the kernel (docs/log.md).
     """
 
     @staticmethod
@@ -152,7 +153,7 @@ class _MergedAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         rows, heads, n, d = q.shape
-        outer, outer_sum = _forward(_one_row(q), ck, cv, scale=scale)
+        outer, outer_sum = _over_context(_one_row(q), ck, cv, scale)
         own, own_sum = _forward(q, k, v, 0.0, True, scale=scale)
         outer = outer.view(heads, rows, n, d).transpose(0, 1)
         outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
@@ -168,13 +169,82 @@ class _MergedAttention(torch.autograd.Function):
         q, k, v, ck, cv, out, total = ctx.saved_tensors
         rows, heads, n, d = q.shape
         grad = gradients[0].contiguous()
-        outer_q, grad_ck, grad_cv = _backward(
-            _one_row(grad), _one_row(q), ck, cv, _one_row(out), _one_row(total), 0.0, False, scale=ctx.scale
+        wants_context = any(ctx.needs_input_grad[3:5])
+        outer_q, grad_ck, grad_cv = _back_over_context(
+            _one_row(grad), _one_row(q), ck, cv, _one_row(out), _one_row(total), ctx.scale, wants_context
         )
         if not any(ctx.needs_input_grad[:3]):  # the lowest layer under a learned prefix
             return None, None, None, grad_ck, grad_cv, None
         own_q, grad_k, grad_v = _backward(grad, q, k, v, out, total, 0.0, True, scale=ctx.scale)
         return outer_q.view(heads, rows, n, d).transpose(0, 1) + own_q, grad_k, grad_v, grad_ck, grad_cv, None
+
+
+CELLS = 1 << 20
+"""Scores that are made at a time: 4 MB, which stay in a core's cache until the next matmul has read them."""
+
+
+def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
+    if q.dtype is not torch.float32:
+        found: tuple[torch.Tensor, torch.Tensor] = _forward(q, k, v, scale=scale)
+        return found
+    rows, factor = _by_key_head(q, k), _factor(q, scale)
+    out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
+    for head, part in _pieces(rows, k.shape[2]):
+        scores = torch.mm(rows[head, part] * factor, k[0, head].t())
+        shares = scores.softmax(dim=-1)
+        # The largest share is exp(the largest score - the sum's logarithm).
+        sums[head, part] = scores.amax(dim=-1) - shares.amax(dim=-1).log()
+        out[head, part] = torch.mm(shares, v[0, head])
+    return out.view(q.shape), sums.view(q.shape[:3])
+
+
+def _back_over_context(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    total: torch.Tensor,
+    scale: float | None,
+    wants_context: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients to q, k and v (those only where they are wanted) of the share that the context has in a merged attention."""
+    if q.dtype is not torch.float32:
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _backward(grad, q, k, v, out, total, 0.0, False, scale=scale)
+        return found
+    rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
+    sums = total.reshape(rows.shape[:2])
+    drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
+    of_q = torch.empty_like(rows)
+    of_k, of_v = (torch.zeros_like(k), torch.zeros_like(v)) if wants_context else (None, None)
+    for head, part in _pieces(rows, k.shape[2]):
+        scaled = rows[head, part] * factor
+        shares = torch.mm(scaled, k[0, head].t()).sub_(sums[head, part, None]).exp_()
+        if of_v is not None:
+            of_v[0, head] += torch.mm(shares.t(), of_out[head, part])
+        of_scores = torch.mm(of_out[head, part], v[0, head].t()).sub_(drift[head, part, None]).mul_(shares)
+        if of_k is not None:
+            of_k[0, head] += torch.mm(of_scores.t(), scaled)
+        of_q[head, part] = torch.mm(of_scores, k[0, head])
+    return of_q.mul_(factor).view(q.shape), of_k, of_v
+
+
+def _by_key_head(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, d] -> [kv heads, heads / kv heads * n, d]: all rows that look at the same keys."""
+    return x.reshape(k.shape[1], -1, x.shape[3])
+
+
+def _factor(q: torch.Tensor, scale: float | None) -> float:
+    return float(q.shape[3] ** -0.5) if scale is None else scale
+
+
+def _pieces(rows: torch.Tensor, keys: int) -> Iterator[tuple[int, slice]]:
+    """Key head and rows of each piece of [kv heads, rows, d] that has at most CELLS scores with so many keys."""
+    size = max(1, CELLS // max(1, keys))
+    for head in range(rows.shape[0]):
+        for start in range(0, rows.shape[1], size):
+            yield head, slice(start, start + size)
 
 
 def _one_row(x: torch.Tensor) -> torch.Tensor:
