@@ -75,6 +75,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     threads = config.hardware.threads or max(1, machine.cores // world.local_size)
     engine.join(config, world, device, threads, folder.restarts.count)
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
+    if dataset.beginning:
+        worker.read_beginning(dataset.beginning)
     saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
     done = saves.restore()
     if done == 0 and (line := loop.check_range(config, plan, worker, dataset)):

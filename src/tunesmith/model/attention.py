@@ -20,6 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from tunesmith.data.layout import Segment
 
 NAME = "tunesmith_ragged"
+BEHIND = "tunesmith_behind"
+"""Answers of several rows that go on from one beginning."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -112,6 +114,40 @@ def ragged_attention(
     return torch.cat(done)[None] if len(done) > 1 else done[0][None], None
 
 
+def behind_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    prefix: Sequence[torch.Tensor],
+    seen: torch.Tensor,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of rows to a beginning that all of them continue and, causally, to what of their own is not padding. No gradients.
+
+    query [rows, heads, n, d] is that of the last n of a row's tokens, key and value [rows, kv heads, tokens, d] -> [rows, n, heads, d].
+    prefix: the beginning's keys and values in each layer, [2, its tokens, kv heads, d]; seen: what is no padding, bool [rows, tokens].
+    """
+    (rows, heads, n, _), tokens = query.shape, key.shape[2]
+    ck, cv = (x[None].transpose(1, 2) for x in prefix[cast(int, module.layer_idx)].to(key.dtype).unbind(0))
+    place = torch.arange(tokens, device=query.device)
+    own_place = place[tokens - n :, None]
+    # Padding sees itself: nobody sees it, but a row of nothing would give NaN.
+    mask = ((place <= own_place) & seen[:, None, :] | (place == own_place))[:, None]  # [rows, 1, n, tokens]
+    if query.device.type != "cpu":
+        keys, values = (torch.cat([x.expand(rows, -1, -1, -1), own], dim=2) for x, own in ((ck, key), (cv, value)))
+        keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        mask = torch.cat([mask.new_ones(rows, 1, n, ck.shape[2]), mask], dim=3)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling).transpose(1, 2), None
+    outer, outer_sum = _over_context(_one_row(query), ck, cv, scaling)
+    barred = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    own, own_sum = _forward(query, key, value, attn_mask=barred, scale=scaling)
+    return _merged(outer, outer_sum, own, own_sum)[0].transpose(1, 2), None
+
+
 def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
     """[tokens, heads, d] -> [rows, heads, longest, d]."""
     if box.cells is not None:
@@ -152,14 +188,9 @@ class _MergedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ck: torch.Tensor, cv: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        rows, heads, n, d = q.shape
         outer, outer_sum = _over_context(_one_row(q), ck, cv, scale)
         own, own_sum = _forward(q, k, v, 0.0, True, scale=scale)
-        outer = outer.view(heads, rows, n, d).transpose(0, 1)
-        outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
-        total = torch.logaddexp(outer_sum, own_sum)
-        out: torch.Tensor = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
-        out = out.to(q.dtype)
+        out, total = _merged(outer, outer_sum, own, own_sum)
         ctx.save_for_backward(q, k, v, ck, cv, out, total)
         ctx.scale = scale
         return out
@@ -179,6 +210,18 @@ class _MergedAttention(torch.autograd.Function):
         return outer_q.view(heads, rows, n, d).transpose(0, 1) + own_q, grad_k, grad_v, grad_ck, grad_cv, None
 
 
+def _merged(
+    outer: torch.Tensor, outer_sum: torch.Tensor, own: torch.Tensor, own_sum: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of keys put together, [rows, heads, n, d], and its log-sum-exps; the first set's is of _one_row."""
+    rows, heads, n, d = own.shape
+    outer = outer.view(heads, rows, n, d).transpose(0, 1)
+    outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
+    total = torch.logaddexp(outer_sum, own_sum)
+    out: torch.Tensor = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
+    return out.to(own.dtype), total
+
+
 CELLS = 1 << 20
 """Scores that are made at a time: 4 MB, which stay in a core's cache until the next matmul has read them."""
 
@@ -188,6 +231,7 @@ def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     if q.dtype is not torch.float32:
         found: tuple[torch.Tensor, torch.Tensor] = _forward(q, k, v, scale=scale)
         return found
+    k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
     rows, factor = _by_key_head(q, k), _factor(q, scale)
     out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
     for head, part in _pieces(rows, k.shape[2]):
@@ -213,6 +257,7 @@ def _back_over_context(
     if q.dtype is not torch.float32:
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _backward(grad, q, k, v, out, total, 0.0, False, scale=scale)
         return found
+    k, v = k.contiguous(), v.contiguous()
     rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
     sums = total.reshape(rows.shape[:2])
     drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
@@ -262,4 +307,6 @@ def _flash_serves(query: torch.Tensor) -> bool:
 
 
 AttentionInterface.register(NAME, ragged_attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionInterface.register(BEHIND, behind_attention)
+for name in (NAME, BEHIND):
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

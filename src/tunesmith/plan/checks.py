@@ -226,7 +226,7 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
         )
 
 
-ONLY_LORA = ("rslora", "dora", "b_lr_ratio", "first_layer", "last_layer", "modules_to_save")
+ONLY_LORA = ("rslora", "dora", "alora", "b_lr_ratio", "first_layer", "last_layer", "modules_to_save")
 """Settings of method that mean something to adapters alone."""
 
 
