@@ -64,6 +64,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
         longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,
+        beginning=len(dataset.beginning),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with engine.fit what the plan has chosen
@@ -76,7 +77,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     engine.join(config, world, device, threads, folder.restarts.count)
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
     if dataset.beginning:
-        worker.read_beginning(dataset.beginning)
+        worker.read_beginning(dataset.beginning, dataset.invocation)
     saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
     done = saves.restore()
     if done == 0 and (line := loop.check_range(config, plan, worker, dataset)):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.test_model import config_for
@@ -15,7 +15,8 @@ from tunesmith.config import Batching, Refusal
 from tunesmith.data.beginning import Behind, before_first_question, common_beginning
 from tunesmith.data.examples import Example, ListedExamples
 from tunesmith.data.layout import lay_out
-from tunesmith.model import TargetLoss, build_model, continue_all, for_generation, new_tokens, read_beginning
+from tunesmith.model import TargetLoss, act_from, build_model, continue_all, for_generation, new_tokens, read_beginning, save_model
+from tunesmith.model.export import export
 
 CPU = torch.device("cpu")
 HEADER = (1, 90, 91)
@@ -23,7 +24,7 @@ HEADER = (1, 90, 91)
 
 
 def conversations(count: int, tokens: int = 70) -> list[Example]:
-    """Equal tools, then one question each, of which some begin alike; the answer is learned."""
+    """Equal tools, then one question each, of which four of six begin alike; the answer is learned."""
     draw = np.random.default_rng(3)
     tools = draw.integers(100, 390, tokens).tolist()
     alike = draw.integers(100, 390, 20).tolist()
@@ -35,19 +36,19 @@ def conversations(count: int, tokens: int = 70) -> list[Example]:
     return made
 
 
-def stirred(folder: Path, **method: object) -> TargetLoss:
+def stirred(folder: Path, std: float) -> TargetLoss:
     """A model whose adapters do something."""
-    module = build_model(config_for(folder, r=4, alpha=8.0, **method), folder, CPU)
+    module = build_model(config_for(folder, r=4, alpha=8.0), folder, CPU)
     torch.manual_seed(5)
     for name, weight in module.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.2)
+            torch.nn.init.normal_(weight, std=std)
     return module
 
 
 def test_answers_behind_one_reading_are_those_of_generate(tiny_model: Path) -> None:
     """Prompts of different lengths, of which some end early and are taken out."""
-    module = stirred(tiny_model)
+    module = stirred(tiny_model, 2.0)  # enough to make a random model say different things
     prompts = [example.ids[:-5].tolist() for example in conversations(9)]
     common = common_beginning(prompts)
     assert len(common) >= 70
@@ -67,9 +68,9 @@ def test_answers_behind_one_reading_are_those_of_generate(tiny_model: Path) -> N
     assert module.model.get_base_model().config._attn_implementation == "tunesmith_ragged", "training goes on as before"
 
 
-def test_alora_is_pefts(tiny_model: Path) -> None:
+def test_alora_is_pefts(tiny_model: Path, tmp_path: Path) -> None:
     """Loss and every gradient, of adapters that act from the user's turn on, as PEFT computes them with the whole prompt."""
-    module, examples = stirred(tiny_model), conversations(6)
+    module, examples = stirred(tiny_model, 0.2), conversations(6)
     tokens = len(before_first_question([ListedExamples(examples)], HEADER))
     assert tokens == 70
     with for_generation(module.model) as model, model.disable_adapter():
@@ -81,14 +82,13 @@ def test_alora_is_pefts(tiny_model: Path) -> None:
     loss = module(batch)
     loss.backward()
 
+    act_from(module.model, HEADER)
+    save_model(module.model, tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", alora_invocation_tokens=list(HEADER))
-    peft = get_peft_model(plain, settings)
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True)
     weights = {name: weight for name, weight in peft.named_parameters() if weight.requires_grad}
     trained = {name: weight for name, weight in module.model.named_parameters() if weight.requires_grad}
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(trained[name])
+    assert trained.keys() == weights.keys()
     total = torch.zeros(())
     for example in examples:
         ids = torch.from_numpy(example.ids.astype(np.int64))[None]
@@ -99,15 +99,18 @@ def test_alora_is_pefts(tiny_model: Path) -> None:
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     for name, weight in weights.items():
         assert float((trained[name].grad - weight.grad).norm() / weight.grad.norm()) < 1e-4, name
+    with pytest.raises(Refusal, match=r"acts from the user's turn on \(method.alora\), which no weight can"):
+        export(tmp_path / "adapter", config_for(tiny_model).model, tmp_path / "merged", original=False)
 
 
 def test_conversations_that_alora_cannot_read_once_are_refused() -> None:
     examples = conversations(3)
     with pytest.raises(Refusal, match=r"^method.alora=true: the conversations begin with 7\d tokens in common, which are no tools"):
         before_first_question([ListedExamples(examples)], (1, 90, 92))
+    other = Example(examples[0].ids[::-1].copy(), examples[0].targets, "other:1")
     with pytest.raises(Refusal, match="begin with 0 tokens in common"):
-        other = Example(examples[0].ids[::-1].copy(), examples[0].targets, "other:1")
         before_first_question([ListedExamples(examples), ListedExamples([other])], HEADER)
     twice = Example(np.concatenate([examples[0].ids, HEADER, examples[0].ids[-5:]]).astype(np.int32), np.ones(0, bool), "twice:1")
+    two = [ListedExamples([*examples, twice])]
     with pytest.raises(Refusal, match=r"^method.alora=true: twice:1 has 2 user turns"):
-        before_first_question([ListedExamples([*examples, twice])], HEADER)
+        before_first_question(two, HEADER)

@@ -177,6 +177,7 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         micro_batches=work.micro_batches,
         gathered=gathers_by_hooks(parts.config.engine),
         in_int8=multiplies_int8(parts.config),
+        beginning=parts.plan.beginning,
     )
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real

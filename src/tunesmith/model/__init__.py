@@ -19,6 +19,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, Int8, MethodKind
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
 from tunesmith.model.adapters import (
+    act_from,
     decoder_layers,
     inner_model,
     is_prompt_learning,
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "DTYPES", "Beginning", "TargetLoss", "build_model", "check_source", "continue_all", "decoder_layers", "for_generation", "free_gib",
-    "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter", "read_beginning",
-    "save_model", "stream",
+    "DTYPES", "Beginning", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers", "for_generation",
+    "free_gib", "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter",
+    "read_beginning", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import

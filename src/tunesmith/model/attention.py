@@ -131,7 +131,8 @@ def behind_attention(
     query [rows, heads, n, d] is that of the last n of a row's tokens, key and value [rows, kv heads, tokens, d] -> [rows, n, heads, d].
     prefix: the beginning's keys and values in each layer, [2, its tokens, kv heads, d]; seen: what is no padding, bool [rows, tokens].
     """
-    (rows, heads, n, _), tokens = query.shape, key.shape[2]
+    rows, heads, n = query.shape[:3]
+    tokens = key.shape[2]
     ck, cv = (x[None].transpose(1, 2) for x in prefix[cast(int, module.layer_idx)].to(key.dtype).unbind(0))
     place = torch.arange(tokens, device=query.device)
     own_place = place[tokens - n :, None]
