@@ -130,7 +130,10 @@ def step_flops(
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
         # Plain matmuls, of which backward makes the scores again (model/attention.py): not as slow as fused attention.
-        executed += per_score * (2 + 3 * bool(layer.score_matmuls)) * beginning * sum(padded)
+        # Where a segment has a context besides, the two are one tensor, which wants its gradients.
+        continued = sum(n for n, context in zip(padded, before, strict=True) if context)
+        kernels = 5 * sum(padded) + 2 * continued if layer.score_matmuls else 2 * sum(padded)
+        executed += per_score * beginning * kernels
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
