@@ -1,6 +1,6 @@
 """The table of contents of a run: compose, plan, data, model, engine, train, evaluate, report.
 
-    deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
+deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
 """
 
 import os
@@ -63,8 +63,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         measure_cpu(config.hardware.peak, machine, config.precision.compute.name, plan.threads)
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
-        longest_tokens=dataset.longest_tokens, model_folder=base, micro_limit=folder.restarts.micro_batch,
-        beginning=len(dataset.beginning),
+        longest_tokens=dataset.longest_tokens, common_tokens=dataset.common_tokens,
+        model_folder=base, micro_limit=folder.restarts.micro_batch, beginning=len(dataset.beginning),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with engine.fit what the plan has chosen

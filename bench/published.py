@@ -55,7 +55,7 @@ def rows() -> list[Row]:
         ("LoRA r=10 on the MLP (October 2025)", 24.71, 10, ["gate_proj", "up_proj", "down_proj"]),
     ):
         config = _config(rank, targets)
-        setting = replace(setting_of(llama, config, accumulates=False), joined=False, autocast=False, whole_logits=True)
+        setting = replace(setting_of(llama, config, accumulates=False), joined=False, again=False, autocast=False, whole_logits=True)
         states = sum(held_bytes(llama, config, 1)[name] for name in ("weights", "optimizer"))
         found.append(Row(what, PEFT, gb, llama, setting, 4 * 768, states, 2, False))
     config = _config(0, [])
@@ -63,7 +63,7 @@ def rows() -> list[Row]:
     found.append(Row("full, all in bf16 (June 2025)", PEFT, 37.24, llama, setting, 4 * 768, 6 * llama.total_weights, 2, False))
     config = _config(8, ["all-linear"])
     config.method.base, config.engine.checkpointing = Base.nf4, True
-    setting = replace(setting_of(LLAMA2, config, accumulates=True), joined=False, whole_logits=True, stored=2)
+    setting = replace(setting_of(LLAMA2, config, accumulates=True), joined=False, again=False, whole_logits=True, stored=2)
     states = sum(held_bytes(LLAMA2, config, 1).values()) - 2 * LLAMA2.embedding_weights  # embedding and head stay in halves there
     for tokens, gb in ((1024, 6), (2048, 7), (4096, 9), (8192, 12), (16384, 19), (32768, 32)):
         found.append(Row(f"QLoRA r=8, 1 x {tokens:,} tokens, recomputed", FACTORY, gb, LLAMA2, setting, tokens, states, 4, True))

@@ -39,7 +39,14 @@ def main(asked: dict[str, Any]) -> None:
     worker.imported()
     dataset = data.load(config, model.load_tokenizer(base))
     plan = make_plan(
-        config, machine, 1, len(dataset.train), tokens=dataset.tokens, longest_tokens=dataset.longest_tokens, model_folder=base
+        config,
+        machine,
+        1,
+        len(dataset.train),
+        tokens=dataset.tokens,
+        longest_tokens=dataset.longest_tokens,
+        common_tokens=dataset.common_tokens,
+        model_folder=base,
     )
     if asked["tokens"]:
         batches = loop.batches_of(config, plan, dataset)

@@ -141,7 +141,9 @@ def test_whatever_else_a_layer_does_is_done_by_peft(settings: dict[str, Any], ch
         torch.manual_seed(1)
         found.append(results(each, x))
     assert torch.equal(found[0][0], found[1][0]), "to the last bit"
-    assert all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items()) and found[0][1].keys() == found[1][1].keys()
+    assert (
+        all(torch.equal(found[0][1][name], gradient) for name, gradient in found[1][1].items()) and found[0][1].keys() == found[1][1].keys()
+    )
 
 
 def test_dropout_is_nothing_in_evaluation() -> None:
@@ -157,7 +159,7 @@ def test_what_is_kept_is_the_input_and_r_numbers_a_row() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
         joined(x)
     weights = {weight.data_ptr() for weight in joined.parameters()}
-    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in weights] == [(11, INPUTS), (11, R)]
+    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in weights] == [(11, R), (11, INPUTS)]
 
 
 def test_a_recomputation_ends_before_the_product() -> None:
@@ -199,3 +201,85 @@ def test_a_run_joins_what_is_not_quantised(base: Base, tiny_model: Path) -> None
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
     for name, gradient in found[0][1].items():
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5), name
+
+
+def blocks_of(kind: str, **settings: Any) -> tuple[Any, Any]:
+    """A small model of a family with adapters that are not 0, and the same one joined; fp32."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=60,
+        pad_token_id=0,
+    )  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = get_peft_model(model, LoraConfig(r=R, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+        elif "norm" in name:
+            nn.init.uniform_(weight, 0.5, 2.0)
+    return both(model)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3", "Mistral", "Glm"])
+def test_norms_and_gates_are_transformers(kind: str) -> None:
+    """Same bits forward, the same gradients, and neither a norm's nor a gate's result is kept."""
+    plain, joined = blocks_of(kind)
+    ids = torch.randint(0, 60, (2, 9))
+
+    def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], set[str]]:
+        kept: set[str] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(str(tuple(t.shape))) or t, lambda t: t):  # type: ignore[func-returns-value]
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        return logits.detach(), {n: w.grad for n, w in model.named_parameters() if w.grad is not None}, kept
+
+    (wanted, wanted_gradients, _), (got, gradients, kept) = run(plain), run(joined)
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-5 * float(wanted_gradients[name].abs().max())), name
+    assert kept
+    named = {type(part).__name__: part for part in joined.modules()}
+    assert all("forward" in vars(part) for name, part in named.items() if name.endswith(("RMSNorm", "MLP")))
+
+
+def test_a_layer_keeps_what_cannot_be_had_again() -> None:
+    """Of a layer's tokens: both norms' inputs, queries, keys, values, attention's output, gate and up; a third less than transformers'."""
+    plain, joined = blocks_of("Llama")
+
+    def kept(model: Any) -> int:
+        found: dict[int, int] = {}
+        weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+                alive.append(storage)
+            return tensor
+
+        alive: list[Any] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.base_model.model.model.layers[0](
+                torch.randn(1, 11, 32, requires_grad=True), position_embeddings=(torch.ones(1, 11, 8), torch.zeros(1, 11, 8))
+            )
+        return sum(found.values()) // (4 * 11)
+
+    hidden, queries, keys, mlp, adapters = 32, 32, 16, 48, 7 * R
+    roots, sums, rotary = 2, 4, 2 * 8
+    assert kept(joined) <= 2 * hidden + 2 * queries + 2 * keys + 2 * mlp + adapters + roots + sums + rotary
+    assert kept(plain) >= kept(joined) + 2 * hidden + 2 * mlp
+
+
+def test_a_norm_that_is_trained_stays_transformers() -> None:
+    plain, joined = blocks_of("Llama")
+    ids = torch.randint(0, 60, (1, 7))
+    for model in (plain, joined):
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+        model(input_ids=ids).logits.pow(2).sum().backward()
+    wanted, got = (model.base_model.model.model.norm.weight.grad for model in (plain, joined))
+    assert torch.allclose(got, wanted, rtol=1e-4)
+    assert wanted.abs().sum() > 0

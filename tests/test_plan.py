@@ -246,14 +246,16 @@ def test_checkpointing_and_shorter_batches_save_activations() -> None:
     plain, again = gib_of(), gib_of(engine__checkpointing=True)
     assert again["activations"] < plain["activations"] / 5
     assert all(again[name] == plain[name] for name in ("weights", "gradients", "optimizer"))
-    assert gib_of(tokens=1024)["activations"] * 2 == pytest.approx(plain["activations"])
-    assert gib_of(tokens=1024)["logits"] == plain["logits"] > 0, "a piece of them at a time"
+    # Most is alive in the last layer's backward, or with few tokens at the loss.
+    assert plain["activations"] * 2 == pytest.approx(gib_of(tokens=4096)["activations"])
+    assert gib_of(tokens=1024)["logits"] == pytest.approx(256 * 151_936 * 4 / GIB), "a piece of them at a time"
 
 
 def test_a_published_peak_is_met() -> None:
     """PEFT's public comparison has Llama-3.2-3B, bf16, LoRA r=32 on q and v, at 20.8 GB with 4 x 768 tokens.
 
-    Its loss makes logits at every position, all together, and its peak comes from the longest batch.
+    Its loss makes logits at every position, all together, its adapters and gates keep all that they read, and its peak comes from the
+    longest batch.
     """
     config = config_of(
         method__r=32, method__targets=["q_proj", "v_proj"], precision__compute=Compute.bf16,
@@ -261,10 +263,11 @@ def test_a_published_peak_is_met() -> None:
     )  # fmt: skip
     shape, tokens = KNOWN["llama-3.2-3b"], 4 * 768
     ours = memory_gib(shape, config, 1, tokens, targets=tokens)
-    settings = (replace(setting_of(shape, config), whole_logits=some) for some in (False, True))
-    pieces, whole = (sum(size for _, size in replayed(shape, setting, tokens, tokens).at_peak) for setting in settings)
-    assert sum(ours.values()) * GIB / 1e9 + (1 + FRAGMENTS) * (whole - pieces) / 1e9 == pytest.approx(20.8, rel=0.1)
-    assert whole - pieces > 4e9, "what it takes to have them together"
+    plain = replace(setting_of(shape, config), joined=False, again=False)
+    settings = setting_of(shape, config), plain, replace(plain, whole_logits=True)
+    frugal, kept, whole = (sum(size for _, size in replayed(shape, setting, tokens, tokens).at_peak) for setting in settings)
+    assert sum(ours.values()) * GIB / 1e9 + (1 + FRAGMENTS) * (whole - frugal) / 1e9 == pytest.approx(20.8, rel=0.1)
+    assert whole - kept > 4e9, "what it takes to have them together"
 
 
 # --- batch arithmetic ----------------------------------------------------------------------------------------------
@@ -293,7 +296,7 @@ def test_a_step_is_covered(
         assert plan.micro_batch <= min(micro, share)
     else:
         assert plan.micro_batch == 1 or plan.memory_gib <= 0.92 * plan.memory_limit_gib
-        assert card != "cpu" or plan.micro_batch <= 16
+        assert card != "cpu" or plan.micro_batch <= max(1, 2048 // tokens)
     assert plan.deepspeed["train_micro_batch_size_per_gpu"] == plan.micro_batch
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.accumulation
 
@@ -367,7 +370,7 @@ def test_steps_in_tokens_are_divided_as_they_come() -> None:
     """Ranks need not get equally many; a typed micro-batch is kept, as a smaller one would only make more of them in some steps."""
     config = config_of(train__tokens_per_step=8192, model__known_as="smollm2-135m", data__max_tokens=64)
     plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=480)
-    assert (plan.micro_batch, plan.accumulation) == (16, 3), "35 conversations a rank"
+    assert (plan.micro_batch, plan.accumulation) == (26, 2), "35 conversations a rank of 78 tokens, 2,048 in a forward"
     config.train.micro_batch = 40
     plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=64)
     assert (plan.micro_batch, plan.accumulation) == (40, 1)
@@ -533,7 +536,7 @@ def test_a_card_that_is_not_here() -> None:
     as_told = config_of(hardware__card="cpu", precision__compute=Compute.fp32, hardware__count=2)
     assert make_plan(as_told, HERE, 1).card == "cpu", "the advice works"
     (line,) = refused(config_of(**ON_A10, model__known_as="qwen2.5-7b", data__max_tokens=2048))
-    assert "it would not fit here either (51.1 of 23.5 GiB a rank); +exp=lora_cpu does" in line
+    assert "it would not fit here either (41.8 of 23.5 GiB a rank); +exp=lora_cpu does" in line
 
 
 def test_another_card_is_here() -> None:
@@ -695,7 +698,7 @@ def test_describe_fits_a_glance() -> None:
     assert max(map(len, lines)) <= 120
     for words in (
         f"lora_a10/{plan.run_id}", "qwen2.5-1.5b, 1,543.7 M weights, 18.5 M trained", "LoRA r=16, bf16, DeepSpeed",
-        "16 conversations = 2 in a micro-batch x 2 accumulated x 4 ranks", "750 steps = 3 epochs of 4,000 convers",
+        "16 conversations = 4 in a micro-batch x 1 accumulated x 4 ranks", "750 steps = 3 epochs of 4,000 convers",
         "of 22.0 GiB a rank", "125 TFLOPS a rank, table: NVIDIA A10 datasheet",
     ):  # fmt: skip
         assert words in text
@@ -706,13 +709,31 @@ def test_describe_fits_a_glance() -> None:
 
 def test_describe_says_steps_in_tokens() -> None:
     config = config_of(train__tokens_per_step=8192)
-    words = "at most 16 in a micro-batch x about"
+    words = "at most 26 in a micro-batch x about"
     text = describe(make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480))
-    assert f"~8,211 tokens, about 105 conversations, {words} 7 accumulated x 1 rank" in text
+    assert f"~8,211 tokens, about 105 conversations, {words} 5 accumulated x 1 rank" in text
     assert "114 steps = 3 epochs of 4,000 conversations" in text
     text = describe(make_plan(config, HERE, 2, local_size=1))
-    assert f"~8,192 tokens, 16 or more conversations, {words.replace('16', '8')} 1 accumulated x 2 ranks" in text
+    assert f"~8,192 tokens, 16 or more conversations, {words.replace('26', '4')} 2 accumulated x 2 ranks" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_common_beginning_leaves_room_for_more_conversations() -> None:
+    """On a CPU a forward has as many as make 2,048 tokens of their own, and what they share takes memory and time once."""
+    config = config_of(train__conversations_per_step=64)
+
+    def plan(common: int, **more: Any) -> Any:
+        settings = config_of(train__conversations_per_step=64, **more)
+        return make_plan(settings, HERE, 1, 4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=common)
+
+    alone, sharing = plan(0), plan(1200)
+    assert (alone.micro_batch, sharing.micro_batch) == (1, 16), "2,048 / 1,300 and 2,048 / 100, evenly"
+    assert sharing.memory["activations"] < 2.4 * alone.memory["activations"], "1,200 + 16 x 110 tokens and 1,310"
+    assert sharing.flops == alone.flops, "the bound is of conversations that share nothing"
+    assert plan(1200, data__batching=Batching.padded).micro_batch == 1, "there nothing is shared"
+    known = {"hardware__peak": 5e11, "train__micro_batch": 16}
+    assert plan(1200, **known).time["matmul"] < 0.25 * plan(0, **known).time["matmul"], "1,200 + 16 x 100 tokens and 16 x 1,300"
+    assert make_plan(config, T4, 1, 4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=1200).micro_batch >= 1
 
 
 def test_describe_says_what_is_not_known_yet() -> None:

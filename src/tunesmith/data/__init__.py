@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from filelock import FileLock
 
 from tunesmith.config import Config, Prepare, Refusal
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Call", "Conversation", "Dataset", "Example", "Examples", "ListedExamples", "Question", "Turn", "load", "prepare_files", "survey",
 ]  # fmt: skip
+
+LOOKED_AT = 1000
+"""Conversations whose beginnings are compared, at most."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,20 @@ class Dataset:
         """Tokens of all training conversations that go through the model."""
         return int(self.train.computed.sum())
 
+    @property
+    def common_tokens(self) -> int:
+        """Tokens that the training conversations all begin with and a micro-batch computes once, as far as LOOKED_AT of them say."""
+        from tunesmith.data.layout import LEAST_SHARED
+
+        chosen = np.unique(np.linspace(0, len(self.train) - 1, LOOKED_AT).astype(np.int64))
+        first, *others = (self.train[int(number)] for number in chosen)
+        common = first.ids[: first.computed]
+        for example in others:
+            ids = example.ids[: min(example.computed, len(common))]
+            different = np.flatnonzero(ids != common[: len(ids)])
+            common = common[: different[0] if len(different) else len(ids)]
+        return len(common) if len(common) >= LEAST_SHARED else 0
+
 
 def prepare_files(config: Config) -> None:
     """Make the data files that `data.prepare` names, once, whichever rank or run comes first; the others wait."""
@@ -85,9 +103,7 @@ def prepare_files(config: Config) -> None:
                 test=config.data.prepare_test,
             )
     except OSError as error:
-        raise Refusal(
-            f"data.folder={folder}: cannot write the prepared files there ({error.strerror}) — choose another folder"
-        ) from None
+        raise Refusal(f"data.folder={folder}: cannot write the prepared files there ({error.strerror}) — choose another folder") from None
     except (ValueError, ImportError) as error:
         raise Refusal(str(error)) from None
 

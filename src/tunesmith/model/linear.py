@@ -1,8 +1,9 @@
 """A frozen linear layer and its LoRA adapter as one operator: y = x W^T + b + s (x A^T) B^T.
 
 PEFT computes it as four (arXiv 2106.09685): base, A, B and scale, each of which writes a tensor as wide as the layer and reads it again.
-Here the adapter is added by the matmul that makes it, forward and backward, and what is kept for backward are x and x A^T, of r numbers
-a token. Where anything is not as in `can_be_joined`, PEFT's own forward runs.
+Here the adapter is added by the matmul that makes it, forward and backward, and what is kept for backward are x A^T, of r numbers
+a token, and x, unless that can be computed again from what is kept anyway (between.py). Where anything is not as in `can_be_joined`,
+PEFT's own forward runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.model import int8
+from tunesmith.model.between import Again, again, keep_inputs_alone
 
 
 class _Joined(torch.autograd.Function):
@@ -22,31 +24,43 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        made: Again,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inner = x.flatten(0, -2) @ a.to(x.dtype).t()
         shape = (*x.shape[:-1], len(weight))
         y = torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one number long: the product takes its place
-        ctx.save_for_backward(x, inner, weight, scales, a, b)
-        ctx.scale = scale
+        ctx.save_for_backward(inner, weight, scales, a, b, *made.tensors)
+        ctx.scale, ctx.remake, ctx.like_x = scale, made.function, (x.shape, x.dtype, x.device.type)
         ctx.mark_non_differentiable(inner)
         return y, inner
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, weight, scales, a, b = ctx.saved_tensors
-        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        inner, weight, scales, a, b, *made_from = ctx.saved_tensors
+        shape, dtype, device = ctx.like_x
+        wants_x, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         of_y = of_outputs[0].flatten(0, -2)
-        with torch.autocast(x.device.type, enabled=False):
-            of_inner = (of_y @ b.to(x.dtype)).mul_(ctx.scale)
+        with torch.autocast(device, enabled=False):
+            of_inner = (of_y @ b.to(dtype)).mul_(ctx.scale)
             of_b = torch.mm(of_y.t(), inner).mul_(ctx.scale).to(b.dtype) if wants_b else None
-            of_a = torch.mm(of_inner.t(), x.flatten(0, -2)).to(a.dtype) if wants_a else None
+            of_a = torch.mm(of_inner.t(), ctx.remake(*made_from).flatten(0, -2)).to(a.dtype) if wants_a else None
             of_x: torch.Tensor | None = None
             if wants_x:
                 of_x = torch.mm(of_y, weight) if scales is None else int8.multiply_back(of_y, weight, scales)
-                torch.addmm(of_x, of_inner, a.to(x.dtype), out=of_x)
-        return of_x if of_x is None else of_x.view_as(x), None, None, of_a, of_b, None
+                torch.addmm(of_x, of_inner, a.to(dtype), out=of_x)
+        return of_x if of_x is None else of_x.view(shape), None, None, of_a, of_b, None, None
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def joined(
@@ -64,7 +78,9 @@ def joined(
     been kept: a checkpoint that computes a layer again ends as soon as it has all of that, and so leaves the layer's last matmul out.
     """
     with torch.autocast(x.device.type, enabled=False):
-        y, inner = cast("tuple[torch.Tensor, torch.Tensor]", _Joined.apply(x, weight, scales, a, b, scale))  # type: ignore[no-untyped-call]
+        made = again(x) or Again(_itself, (x,))
+        outputs = _Joined.apply(x, weight, scales, a, b, scale, made)  # type: ignore[no-untyped-call]
+        y, inner = cast("tuple[torch.Tensor, torch.Tensor]", outputs)
         with torch.no_grad():
             rows = x.flatten(0, -2)
             if scales is not None:
@@ -76,9 +92,13 @@ def joined(
 
 
 def join_adapters(model: nn.Module) -> None:
-    """Let PEFT's LoRA layers compute as one operator wherever that is the same; names, weights and what is saved stay PEFT's."""
+    """Let PEFT's LoRA layers compute as one operator wherever that is the same, and what is between them keep its inputs alone.
+
+    Names, weights and what is saved stay PEFT's.
+    """
     from peft.tuners.lora.layer import Linear
 
+    keep_inputs_alone(model)
     for layer in model.modules():
         if type(layer) is Linear:
             layer.forward = MethodType(_forward, layer)

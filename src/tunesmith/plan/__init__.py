@@ -34,8 +34,9 @@ ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
 SPLIT_PAYS = 0.02
 """Least share of a rank's memory that ZeRO 1 or 2 must save, else the plan says that it only costs."""
-CPU_MICRO_BATCH = 16
-"""Most conversations in one forward on a CPU: its caches are small, and larger ones gain nothing there."""
+CPU_TOKENS = 2048
+"""Tokens in one forward on a CPU, common beginnings left out, that more of them would not be faster than: 830 tokens cost it a tenth of the
+speed of 3,300, 1,660 cost 3 % (docs/log.md), and memory grows with them."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Plan:
     shape: ModelShape
     trained_weights: int
     memory: dict[str, float]
-    """GiB of each part on one rank, if every conversation of a micro-batch had longest_tokens tokens."""
+    """GiB of each part on one rank, if every conversation of a micro-batch had longest_tokens tokens, on a CPU common beginnings once."""
     memory_limit_gib: float
     """What a rank's device has (a rank's share of RAM on a CPU); 0.0 if unknown."""
     longest_tokens: int
@@ -153,20 +154,25 @@ def make_plan(
     tokens: int = 0,
     local_size: int = 0,
     longest_tokens: int = 0,
+    common_tokens: int = 0,
     model_folder: Path | None = None,
     micro_limit: int = 0,
     beginning: int = 0,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
-    conversations, tokens and longest_tokens: the training data's, where it has been counted (None and 0: not yet; the plan then
-    reckons with data.max_tokens). local_size: ranks on this machine (0: all of them). model_folder: the model's files, where they
-    are here. beginning: tokens that are read once for all of them (method.alora). micro_limit: most conversations in a micro-batch,
-    as a larger one ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that.
+    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the training
+    data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on this machine
+    (0: all of them). model_folder: the model's files, where they are here. beginning: tokens that are read once for all, before the run
+    (method.alora). micro_limit: most conversations in a micro-batch, as a larger
+    one ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that.
     """
 
     def plan(tried: Config) -> Plan:
-        return _plan(tried, machine, world_size, conversations, tokens, local_size, longest_tokens, model_folder, micro_limit, beginning)
+        return _plan(
+            tried, machine, world_size, conversations, tokens, local_size, longest_tokens, common_tokens, model_folder, micro_limit,
+            beginning,
+        )
 
     return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
 
@@ -215,6 +221,7 @@ def _plan(
     tokens: int,
     local_size: int,
     longest_tokens: int,
+    common_tokens: int,
     model_folder: Path | None,
     micro_limit: int,
     beginning: int,
@@ -242,26 +249,31 @@ def _plan(
     per_step, step_tokens = _size(config, conversations, tokens)
     kept_gib = shape.layers * 2 * shape.kv_width * beginning * BYTES[config.precision.compute] / 2**30  # keys and values
     room_gib = limit_gib and max(0.1, limit_gib - kept_gib)
-    micro, accumulation = _split(config, world_size, per_step, shape, longest, room_gib, on_cpu, micro_limit)
+    expected = step_tokens or per_step * (min(longest, round(tokens / conversations)) if tokens and conversations else longest)
+    mean = max(1, round(expected / per_step))
+    common = min(common_tokens, mean - 1) if config.data.batching is Batching.ragged else 0
+    in_memory = common if on_cpu else 0  # a card's kernels may want what conversations share once for each
+    micro, accumulation = _split(config, world_size, per_step, shape, longest, in_memory, mean - common, room_gib, on_cpu, micro_limit)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
     # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
-    peak, peak_note = peak_flops(
-        config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False
-    )
+    peak, peak_note = peak_flops(config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False)
     trained = trained_weights(shape, config.method)
-    expected = step_tokens or per_step * (min(longest, round(tokens / conversations)) if tokens and conversations else longest)
     seconds = {}
     if peak:
-        mean = max(1, round(expected / per_step))
-        work = _flops(shape, config, [mean] * per_step, round(mean * per_step * TARGET_SHARE), accumulation * world_size, beginning)
+        forwards = accumulation * world_size
+        own, contexts = [mean - common] * per_step, [common] * per_step
+        if common:  # once in each micro-batch
+            own, contexts = [common] * forwards + own, [0] * forwards + contexts
+        work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
         seconds = step_seconds(
             shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
             attention=work.attention / world_size, peak_flops=peak,
-            tokens=max(1, math.ceil(expected / (accumulation * world_size))), accumulation=accumulation, trained=trained,
+            tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
             overheads=overheads(machine, threads, measure=False) if on_cpu else None,
         )  # fmt: skip
-    memory = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=accumulation > 1)
+    tokens_in_memory = in_memory + micro * (longest - in_memory)
+    memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
     plan = Plan(
         name=config.name,
@@ -286,7 +298,7 @@ def _plan(
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
         beginning=beginning,
-        flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size, beginning),
+        flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size, beginning=beginning),
         attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
         peak_note=peak_note,
@@ -338,22 +350,34 @@ def _size(config: Config, conversations: int | None, tokens: int) -> tuple[int, 
 
 
 def _split(
-    config: Config, world_size: int, per_step: int, shape: ModelShape, longest: int, limit_gib: float, on_cpu: bool, micro_limit: int
+    config: Config,
+    world_size: int,
+    per_step: int,
+    shape: ModelShape,
+    longest: int,
+    common: int,
+    own: int,
+    limit_gib: float,
+    on_cpu: bool,
+    micro_limit: int,
 ) -> tuple[int, int]:
-    """(micro-batch, accumulation): as few micro-batches as memory allows, all of about the same size."""
+    """(micro-batch, accumulation): as few micro-batches as memory allows and a CPU gains from, all of about the same size.
+
+    longest: tokens of the longest conversation, of which `common` are computed once; own: a conversation's other tokens, on average.
+    """
     share = math.ceil(per_step / world_size)
     most = config.train.micro_batch
     if not most:
-        ceiling = min(share, CPU_MICRO_BATCH) if on_cpu else share
+        ceiling = min(share, max(1, CPU_TOKENS // own)) if on_cpu else share
 
         def fits(micro: int) -> bool:
-            parts = memory_gib(shape, config, world_size, micro * longest, cpu=on_cpu, accumulated=micro < share)
+            computed = common + micro * (longest - common)
+            parts = memory_gib(shape, config, world_size, computed, cpu=on_cpu, accumulated=micro < share)
             return not limit_gib or sum(parts.values()) <= ROOM * limit_gib
 
         most = 1
-        while most < ceiling and fits(2 * most):
-            most *= 2
-        most = min(most, ceiling)
+        while most < ceiling and fits(min(2 * most, ceiling)):
+            most = min(2 * most, ceiling)
     most = min(most, micro_limit or most)
     accumulation = math.ceil(share / most)
     # Where each step has another number of conversations or rows, a smaller limit would only make more micro-batches of some.
@@ -376,10 +400,14 @@ def _attention_cost(shape: ModelShape, config: Config) -> float:
     return half / (one - half)
 
 
-def _flops(shape: ModelShape, config: Config, lengths: list[int], targets: int, micro_batches: int, beginning: int = 0) -> Flops:
+def _flops(
+    shape: ModelShape, config: Config, lengths: list[int], targets: int, micro_batches: int, contexts: list[int] | None = None,
+    beginning: int = 0,
+) -> Flops:
     engine = config.engine
     return step_flops(
-        shape, config.method, lengths, targets, checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every,
+        shape, config.method, lengths, targets, contexts=contexts, checkpointing=engine.checkpointing,
+        checkpoint_every=engine.checkpoint_every,
         micro_batches=micro_batches, gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(config),
         beginning=beginning,
     )  # fmt: skip
@@ -493,9 +521,5 @@ def run_id(config: Config) -> str:
     """8 hex digits of all that changes the result: typing a default makes no difference, nor does NOT_IN_RUN_ID."""
     # Where the run's end depends on them, the steps between held-out losses change the result.
     without = [path for path in NOT_IN_RUN_ID if not (path == "train.eval_every" and config.train.patience)]
-    kept = {
-        path: value
-        for path, value in leaves(config)
-        if not any(path == out or path.startswith(f"{out}.") for out in without)
-    }
+    kept = {path: value for path, value in leaves(config) if not any(path == out or path.startswith(f"{out}.") for out in without)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]

@@ -127,7 +127,7 @@ class Linears(Tape):
         return result
 
     def joined(self, x: Value, linear: Linear) -> Value:
-        """Base and adapter as one operator (model/linear.py): x and A(x) are kept, and the product is written after that."""
+        """Base and adapter as one operator (model/linear.py): A(x) is kept, and x where it can't be had again; then comes the product."""
         setting, (_, inputs, outputs) = self.setting, linear
         x = self.cast(x, setting.compute if setting.autocast else setting.adapter)
         bytes, rank, wanted, size = x.bytes, setting.rank, x.node is not None, x.size
@@ -151,12 +151,17 @@ class Linears(Tape):
             gradient = self.block(numbers * bytes, "gradients")
             return self.block(numbers * setting.adapter, "gradients") if casts and gradient else gradient
 
-        def run(_: list[Block], saved: tuple[Block, ...] = (x.block, inner)) -> Gradients:
+        kept, again = None if x.again else x.block, x.again
+
+        def run(_: list[Block], saved: tuple[Block | None, Block] = (kept, inner)) -> Gradients:
             self.heap.products += 3 + 2 * wanted
             weight = narrowed(outputs * rank)
             of_inner = self.block(saved[1].size)
             del weight
-            of_weights = [grown(outputs * rank), grown(inputs * rank)]
+            of_weights = [grown(outputs * rank)]
+            made = again() if again else None
+            of_weights.append(grown(inputs * rank))
+            del made
             of_x: Block | None = None
             if wanted:
                 of_x = self.integers(rows, outputs, inputs, bytes) if setting.quantised else self.block(size)

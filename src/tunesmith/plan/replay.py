@@ -8,12 +8,13 @@ assumed. What kernels allocate inside and free again is left out, as it belongs 
 What a layer keeps, in bytes a token; c is the compute type's size, h hidden, q and kv the widths of all query and key heads, f the
 MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
 
-    each norm        4h + 4             its input in fp32, 1 / rms; full training: the scaled value too
-    queries, keys    (q + kv)(4 + c)    with a norm of their own (Qwen3)
+    each norm        ch + 4             its input, 1 / rms; full training: its input in fp32, and the scaled value too
+    queries, keys    c(q + kv) + 8      with norms of their own (Qwen3): their inputs
     attention        c(2q + 2kv)        rotated queries and keys, values, output; and 4 a head for the softmax's logarithm
-    SwiGLU           3cf                gate, silu(gate), up
+    SwiGLU           2cf                gate, up; full training: silu(gate) too
     linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each where autocast
-                     or dropout makes one, and then the mask; and cr for Ax, which B reads
+                     or dropout makes one, and then the mask; and cr for Ax, which B reads; where base and adapter are one operator
+                     no input that a norm or a gate gives
     DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
     prefix, prompt   what attention keeps, and its keys and values of virtual tokens
 """
@@ -57,6 +58,8 @@ class Setting:
     dora: bool = False
     joined: bool = False
     """Base and adapter are one operator (model/linear.py)."""
+    again: bool = False
+    """Norms and gates keep their inputs alone, and what they give is computed again (model/between.py)."""
     whole_logits: bool = False
     """All logits of a micro-batch exist together."""
     prefix: int = 0
@@ -117,6 +120,8 @@ class Step(Linears):
     def norm(self, x: Value, groups: int = 1) -> Value:
         """RMSNorm over each of `groups` parts of the width, computed in fp32."""
         setting, bytes = self.setting, x.bytes
+        if setting.again and bytes == setting.stored:
+            return self.norm_again(x, groups)
         x = self.cast(x, 4)
         size = x.size
         squares = self.block(size)
@@ -150,6 +155,51 @@ class Step(Linears):
             return (gradient,)
 
         return self.apply((x,), x.rows, width, out, run_weight, trained=setting.full)
+
+    def norm_again(self, x: Value, groups: int) -> Value:
+        """RMSNorm as one operator, which keeps x and 1 / rms."""
+        size, numbers, halves = x.size, x.rows * x.width, x.bytes < 4
+
+        wide = self.block(4 * numbers if halves else 0)
+        squares = self.block(4 * numbers)
+        del wide
+        root = self.block(x.rows * groups * 4)
+        del squares
+
+        def made(_: object = (x.block, root)) -> Block:  # who keeps this, keeps those
+            whole = self.block(4 * numbers)
+            return self.block(size) if halves else whole
+
+        def run(_: list[Block], saved: object = (x.block, root)) -> Gradients:
+            of_n = self.block(size)
+            if halves:
+                of_n = self.block(4 * numbers)
+            n, product = self.block(4 * numbers), self.block(4 * numbers)
+            del product
+            gradient = self.block(size) if halves else of_n
+            del n
+            return (gradient,)
+
+        y = self.apply((x,), x.rows, x.width, x.bytes, run, block=made())
+        y.again = made
+        return y
+
+    def gated(self, gate: Value, up: Value) -> Value:
+        """silu(gate) * up: two operators, or one that keeps both."""
+        if not self.setting.again or gate.bytes != up.bytes:
+            return self.multiply(self.silu(gate), up)
+        size = gate.size
+
+        def made(_: object = (gate.block, up.block)) -> Block:
+            return self.block(size)
+
+        def run(_: list[Block], saved: object = (gate.block, up.block)) -> Gradients:
+            of_up, product = self.block(size), self.block(size)
+            return (self.block(size) if product else None, of_up)
+
+        y = self.apply((gate, up), gate.rows, gate.width, gate.bytes, run)
+        y.again = made
+        return y
 
     def rotated(self, x: Value) -> Value:
         """Rotary embedding: x cos + rotate_half(x) sin."""
@@ -264,11 +314,11 @@ class Step(Linears):
         _, _, ups, (down,) = self.shape.blocks
         if len(ups) == 2:
             gate, up = ups
-            return self.linear(self.multiply(self.silu(self.linear(x, gate, layer)), self.linear(x, up, layer)), down, layer)
+            return self.linear(self.gated(self.linear(x, gate, layer), self.linear(x, up, layer)), down, layer)
         up_states = self.linear(x, ups[0], layer)
         if self.shape.fused:
             first, second = self.chunked(up_states)
-            return self.linear(self.multiply(second, self.silu(first)), down, layer)
+            return self.linear(self.gated(first, second), down, layer)
         return self.linear(self.silu(up_states), down, layer)
 
     def layer(self, hidden_states: Value, layer: int) -> Value:

@@ -52,12 +52,13 @@ class Node:
 
 
 class Value:
-    """A tensor [rows, width] of elements of some bytes; node None: wants no gradient."""
+    """A tensor [rows, width] of elements of some bytes; node None: wants no gradient; again: makes it once more, so none need keep it."""
 
-    __slots__ = ("block", "bytes", "node", "rows", "width")
+    __slots__ = ("again", "block", "bytes", "node", "rows", "width")
 
     def __init__(self, block: Block, rows: float, width: float, bytes: int, node: Node | None) -> None:
         self.block, self.rows, self.width, self.bytes, self.node = block, rows, width, bytes, node
+        self.again: Callable[[], Block] | None = None
 
     @property
     def size(self) -> float:
