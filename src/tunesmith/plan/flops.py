@@ -39,6 +39,8 @@ class _Layer:
     backward: int
     score_matmuls: int
     """Of the four: dV, dP, dQ, dK."""
+    keys_wanted: bool
+    """Whether keys or values want a gradient, those of a context too."""
     prefix_matmuls: int
     """The same over the scores of learned keys."""
     saved_last: int
@@ -132,12 +134,14 @@ def step_flops(
         # Plain matmuls, of which backward makes the scores again (model/attention.py): not as slow as fused attention.
         # Where a segment has a context besides, the two are one tensor, which wants its gradients.
         continued = sum(n for n, context in zip(padded, before, strict=True) if context)
-        kernels = 5 * sum(padded) + 2 * continued if layer.score_matmuls else 2 * sum(padded)
+        kernels = 5 * sum(padded) + 2 * continued * layer.keys_wanted if layer.score_matmuls else 2 * sum(padded)
         executed += per_score * beginning * kernels
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
-            outside, inside = 5 * bool(outside), 5 * bool(inside)
+            # A kernel makes all five; over a context they are plain matmuls, without the gradients of keys and values that want none.
+            learns = layer.keys_wanted or layer.prefix_matmuls > 0
+            outside, inside = (5 if learns else 3) * bool(outside), 5 * bool(inside)
         else:
             inside = outside
         over_scores += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
@@ -187,6 +191,6 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
         saved_last = 0 if dora else 2 * method.r * outputs + (saved_last if joins_adapters(method, gathered, in_int8) else 0)
     return _Layer(
-        forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
+        forward, backward, score_matmuls, key or value, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
         scaled_forward, scaled_backward,
     )  # fmt: skip
