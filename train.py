@@ -1,6 +1,6 @@
 """The table of contents of a run: compose, plan, data, model, engine, train, evaluate, report.
 
-deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
+    deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
 """
 
 import os
@@ -64,6 +64,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     plan = make_plan(
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
         longest_tokens=dataset.longest_tokens, common_tokens=dataset.common_tokens,
+        beginnings=len(dataset.beginnings) if config.method.cache_frozen else 0,
         model_folder=base, micro_limit=folder.restarts.micro_batch, beginning=len(dataset.beginning),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
@@ -82,13 +83,14 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     done = saves.restore()
     if done == 0 and (line := loop.check_range(config, plan, worker, dataset)):
         folder.say(line)
+    states = loop.frozen_states(config, plan, worker, dataset, folder, base) if done < plan.steps else None
 
     def judge() -> dict[str, object]:
         return evaluate.evaluate(worker, dataset, config.eval, plan.micro_batch)
 
     before = folder.evaluation("before", judge, wanted=config.eval.before and done == 0)
     with metrics.open_sinks(config, folder, plan.steps, done) as sinks:
-        steps, ended = loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop), done)
+        steps, ended = loop.train(loop.Training.of(config, plan, worker, dataset, machine, sinks, saves, stop, states), done)
         checkpoint.export(worker, folder.result_for(config))
         after = folder.evaluation("after", judge, wanted=config.eval.after)
         rows = metrics.read_metrics(folder.path / "metrics.jsonl")

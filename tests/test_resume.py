@@ -38,10 +38,10 @@ def trained(done: Finished) -> str:
     [
         ("python", 1, ["engine=accelerate"], signal.SIGTERM, 0),
         ("deepspeed", 1, ["engine=deepspeed"], signal.SIGINT, 0),
-        ("torchrun", 2, ["engine=accelerate"], signal.SIGUSR1, 1),
+        ("torchrun", 2, ["engine=accelerate", "method.first_layer=1", "method.cache_frozen=true"], signal.SIGUSR1, 1),
         ("plain", 2, ["engine=deepspeed", "engine.zero=3"], signal.SIGTERM, 1),
     ],
-    ids=["one process", "DeepSpeed", "DDP", "ZeRO-3"],
+    ids=["one process", "DeepSpeed", "DDP and cached states", "ZeRO-3"],
 )
 def test_stop_and_resume_is_bitwise(
     launcher: str, ranks: int, engine: list[str], stop_signal: int, rank: int, overrides: list[str], tmp_path: Path
@@ -79,13 +79,16 @@ def test_failing_rank_ends_the_job(launcher: str, engine: str, fault: str, overr
 
 
 def test_killed_at_once_resumes_from_the_last_checkpoint(overrides: list[str], tmp_path: Path) -> None:
-    """SIGKILL between two saves: the steps since the last one are taken again, with the same result."""
-    words = [*overrides, *QUIET, "engine=accelerate", "train.save_every=2"]
+    """SIGKILL between two saves: the steps since the last one are taken again, with the same result, and their states are written again."""
+    words = [*overrides, *QUIET, "engine=accelerate", "train.save_every=2", "method.first_layer=1", "method.cache_frozen=true"]
     whole = launch("python", [*words, f"outputs={tmp_path / 'whole'}"])
     whole.outputs = tmp_path / "whole"
-    with_fault(words, "python", 1, "0:5:kill", tmp_path)
+    killed, _ = with_fault(words, "python", 1, "0:3:kill", tmp_path)
+    assert (killed.run / "frozen").is_dir()
     resumed = launch("python", words)
     assert resumed.code == 0, resumed.output
+    assert all((row["data/cached_tokens"] > 0) == (row["step"] > 4) for row in resumed.metrics), "an epoch has 4 steps"
+    assert not (resumed.run / "frozen").exists()
     assert resumed.losses == whole.losses
     assert trained(resumed) == trained(whole)
 

@@ -156,6 +156,8 @@ class Method:
     """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
     first_layer: int = 0
     """Lowest layer that gets adapters: below it nothing is kept for backward, nor computed there."""
+    cache_frozen: bool = False
+    """Keep on disk what enters first_layer, and compute nothing below it for tokens that are there, i.e. from the second epoch on."""
     last_layer: int = -1
     """Highest layer that gets adapters; -1: the model's last."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -446,6 +448,7 @@ class Config:
 # What may change without changing the result: left out of the run id, so `tracker=wandb` resumes the same run.
 NOT_IN_RUN_ID = (
     "outputs",
+    "method.cache_frozen",
     "engine.timeout_s",
     "data.cache",
     "data.workers",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,11 +19,11 @@ from tunesmith.data.batches import Batches, MicroBatch, data_line, held_out_batc
 from tunesmith.engine import Engine, is_out_of_memory
 from tunesmith.hardware import Machine, peak_flops
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
-from tunesmith.model import perplexity
+from tunesmith.model import DTYPES, FrozenStates, perplexity
 from tunesmith.model.halves import LARGEST, advice, widest
-from tunesmith.plan import Plan, step_flops
+from tunesmith.plan import Plan, above_frozen, step_flops
 from tunesmith.plan.shapes import gathers_by_hooks, multiplies_int8
-from tunesmith.run import Stopped, StopSignal
+from tunesmith.run import RunFolder, Stopped, StopSignal
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Training:
     sinks: Sinks
     checkpoints: Checkpoints
     stop: StopSignal
+    states: FrozenStates | None = None
+    """With method.cache_frozen."""
 
     @classmethod
     def of(
@@ -50,10 +54,11 @@ class Training:
         sinks: Sinks,
         saves: Checkpoints,
         stop: StopSignal,
+        states: FrozenStates | None = None,
     ) -> Training:
         """Put the parts together: batches and the meter follow from the rest."""
         world = engine.world
-        batches = batches_of(config, plan, dataset)
+        batches = batches_of(config, plan, dataset, states)
         dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
         on_cpu, compute = engine.device.type == "cpu", config.precision.compute.name
         # Rank 0 measures (alone on the cores), then the others read what it cached.
@@ -63,7 +68,7 @@ class Training:
         if world.is_main and note != plan.peak_note:
             print(f"peak     {note}")
         meter = Meter(engine.device, world.size, peak)
-        return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop)
+        return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop, states)
 
 
     @contextmanager
@@ -77,18 +82,43 @@ class Training:
             raise OutOfMemory(step, self.meter.at, self.plan.micro_batch, error) from error
 
 
-def batches_of(config: Config, plan: Plan, dataset: Dataset) -> Batches:
-    """The training data as steps."""
+def batches_of(config: Config, plan: Plan, dataset: Dataset, states: FrozenStates | None = None) -> Batches:
+    """The training data as steps; states: what its micro-batches read and write."""
     train = config.train
     return Batches(
         dataset.train, train.conversations_per_step, plan.micro_batch, train.seed, config.data.batching,
         tokens_per_step=train.tokens_per_step, row=config.data.max_tokens, attention_cost=plan.attention_cost,
+        beginnings=states.beginnings if states else None,
     )  # fmt: skip
 
 
 def data_notes(config: Config, plan: Plan, dataset: Dataset) -> list[str]:
     """What the plan can say once the data is read: how much it is, what sharing saves, what was left out."""
     return [data_line(dataset.train, outlook(batches_of(config, plan, dataset), plan.world_size)), *dataset.notes]
+
+
+def frozen_states(config: Config, plan: Plan, engine: Engine, dataset: Dataset, folder: RunFolder, base: Path) -> FrozenStates | None:
+    """The cache of frozen layers, taken up or begun anew and at work in the model; None without method.cache_frozen.
+
+    base: the model's folder. Raises Refusal where the disk has no room, or the model no states that are the same each time.
+    """
+    if plan.cache is None:
+        if engine.world.is_main:
+            shutil.rmtree(folder.frozen, ignore_errors=True)  # of a start with it
+        return None
+    dtype = torch.float32 if plan.cache.number_bytes == 4 else DTYPES[config.precision.compute]
+    method, refused = config.method, None
+    states = FrozenStates(folder.frozen, dataset.beginnings, method.first_layer, plan.shape.hidden, dtype, base, method.base.value)
+    engine.loss_module.take_states(states)
+    if engine.world.is_main:
+        try:
+            folder.say(states.prepare())
+        except Refusal as refusal:
+            refused = refusal
+    if refused := engine.broadcast(refused):
+        raise refused
+    states.open()
+    return states
 
 
 def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) -> str:
@@ -114,6 +144,7 @@ def train(parts: Training, done: int) -> tuple[int, str]:
     while done < last and not over:
         with parts.memory(done):
             metrics = take_step(parts, done)
+            parts.batches.note(done)
             done += 1
             if due(done, every.eval_every, last) and parts.dev:
                 parts.meter.at = "held-out loss"
@@ -127,12 +158,18 @@ def train(parts: Training, done: int) -> tuple[int, str]:
             parts.sinks.log(done, metrics)
         stopping = parts.engine.agree(parts.stop.asked)
         if stopping or lowest or over or due(done, every.save_every, last):
+            if parts.states and parts.engine.world.is_main and done < last:
+                parts.states.commit()
             saved = parts.checkpoints.save(done)
             if stopping:
                 kept = "saved" if saved else f"NOT saved ({parts.checkpoints.alarm}); an older checkpoint may exist"
                 told = f"stopped by signal {stopping} after step {done} of {last}, {kept} — the same command goes on"
                 raise Stopped(told, done, stopping)
     parts.stop.disarm()
+    if parts.states:
+        parts.states.close()
+        if parts.engine.world.is_main:
+            parts.states.remove()
     return done, _ending(parts, done)
 
 
@@ -157,7 +194,8 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         world = parts.engine.world
         batches = parts.batches.micro_batches(step, world.rank, world.size)
         targets = parts.batches.targets(step)
-        work = parts.batches.work(step, world.size, world.rank)
+        # Each rank counts its own part: with 1,024 ranks, to count all would take longer than to compute one.
+        own = torch.tensor([_counts(parts, step, known) for known in ((False, True) if parts.states else (False,))], dtype=torch.float64)
     lr = learning_rate(parts.config.optim, step, parts.plan.steps)
     try:
         outcome = parts.engine.step(batches, targets, lr, parts.meter.phase)
@@ -165,27 +203,9 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         places = ", ".join(parts.batches.examples[i].place for i in parts.batches.conversations(step)[:4])
         advice = "a lower optim.lr or precision=fp32 may help"
         raise FloatingPointError(f"step {step + 1}: {error}; conversations {places}, ... — {advice}") from None
-    flops = step_flops(
-        parts.plan.shape,
-        parts.config.method,
-        work.lengths,
-        work.logits,
-        padded_to=work.padded_lengths,
-        contexts=work.contexts,
-        checkpointing=parts.config.engine.checkpointing,
-        checkpoint_every=parts.config.engine.checkpoint_every,
-        micro_batches=work.micro_batches,
-        gathered=gathers_by_hooks(parts.config.engine),
-        in_int8=multiplies_int8(parts.config),
-        beginning=parts.plan.beginning,
-    )
-    computed, real = sum(work.padded_lengths), sum(work.lengths)
-    shared = work.conversation_tokens - real
-    # Each rank counts its own part: with 1,024 ranks, to count all would take longer than to compute one.
-    own = [work.conversations, computed, computed - real, shared, work.targets, flops.useful, flops.executed]
-    total = parts.engine.sum(torch.tensor(own, dtype=torch.float64)).tolist()
-    conversations, tokens, padding, saved, learned = map(int, total[:5])
-    rate = Rate(conversations, tokens, padding, saved, learned, total[5], total[6])
+    *counts, useful, executed = parts.engine.sum(own.sum(0)).tolist()
+    conversations, tokens, padding, shared, learned, cached = map(int, counts)
+    rate = Rate(conversations, tokens, padding, shared, learned, useful, executed)
     return {
         "train/loss": outcome.loss,
         "train/lr": lr,
@@ -193,8 +213,28 @@ def take_step(parts: Training, step: int) -> dict[str, float]:
         "train/skipped": float(not outcome.applied),
         **parts.meter.end(rate, parts.engine.communication_s()),
         **parts.sensors.read(),
-        **parts.plan.predicted,
+        **({"data/cached_tokens": cached} if parts.states else {}),
+        **parts.plan.predicted(cached=cached == tokens),
     }
+
+
+def _counts(parts: Training, step: int, known: bool) -> list[float]:
+    """This rank's part of a step for `Rate`, and of it the tokens that are read from the cache of frozen layers before its FLOPs.
+
+    known: of the micro-batches alone that are read from there, or of the others.
+    """
+    world, shape, method, engine = parts.engine.world, parts.plan.shape, parts.config.method, parts.config.engine
+    work = parts.batches.work(step, world.size, world.rank, known=known)
+    if known:  # what is not computed counts nowhere
+        shape, method = above_frozen(shape, method)
+    flops = step_flops(
+        shape, method, work.lengths, work.logits, padded_to=work.padded_lengths, contexts=work.contexts,
+        checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every, micro_batches=work.micro_batches,
+        gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(parts.config), beginning=parts.plan.beginning,
+    )  # fmt: skip
+    computed, real = sum(work.padded_lengths), sum(work.lengths)
+    shared = work.conversation_tokens - real
+    return [work.conversations, computed, computed - real, shared, work.targets, computed * known, flops.useful, flops.executed]
 
 
 def held_out(engine: Engine, batches: list[MicroBatch], name: str = "dev") -> dict[str, float]:

@@ -79,6 +79,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def frozen(self) -> Path:
+        """Where method.cache_frozen keeps states while the run goes on."""
+        return self.path / "frozen"
+
+    @property
     def result(self) -> Path:
         """Where the adapter, or the whole model of a full fine-tune, is left."""
         model = self.path / "model"
@@ -141,6 +146,13 @@ class RunFolder:
                 "bring the old files back, or start a run of its own with name=..."
             )
         free, needed = shutil.disk_usage(self.path).free / 2**30, checkpoint_gib(plan, config)
+        there = sum(path.stat().st_blocks * 512 for path in self.frozen.glob("*")) / 2**30
+        if free < (both := needed + max(0.0, plan.cache_gib - there)) and free >= needed:
+            raise Refusal(
+                f"method.cache_frozen=true: {free:.1f} GiB free in outputs={config.outputs}, the checkpoints need about {needed:.1f} GiB "
+                f"and the states {both - needed:.1f} GiB — free some space, choose another folder with outputs=/path, or type "
+                "method.cache_frozen=false"
+            )
         if free < needed:
             raise Refusal(
                 f"outputs={config.outputs}: {free:.1f} GiB free, the checkpoints need about {needed:.1f} GiB — "

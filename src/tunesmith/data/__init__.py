@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.examples import Example, Examples, ListedExamples
 
 if TYPE_CHECKING:
+    from tunesmith.data.beginnings import Beginnings
     from tunesmith.data.parts import Part
     from tunesmith.data.templates import Renderer, Tokenizer
 
@@ -64,6 +66,13 @@ class Dataset:
     def longest_tokens(self) -> int:
         """Tokens of the longest training conversation."""
         return int(self.train.computed.max())
+
+    @cached_property
+    def beginnings(self) -> Beginnings:
+        """Every beginning of the training conversations once, for method.cache_frozen."""
+        from tunesmith.data.beginnings import Beginnings
+
+        return Beginnings(self.train)
 
     @property
     def tokens(self) -> int:

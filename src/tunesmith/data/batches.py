@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import numpy as np
 
 from tunesmith.config import Batching
+from tunesmith.data.beginnings import Beginnings
 from tunesmith.data.examples import Example, Examples, ListedExamples
 from tunesmith.data.layout import MicroBatch, Node, arrange, fill, lay_out, pack, predicting_positions
 from tunesmith.plan import steps_per_epoch
@@ -47,7 +48,8 @@ class Batches:
 
     An epoch has equally many steps each time: of conversations_per_step conversations (the last one perhaps of fewer), or,
     with tokens_per_step, of about as many tokens. row: tokens of a row of `packed`. attention_cost: what a conversation of
-    n tokens costs is n + attention_cost * n^2, and micro-batches are made to cost the same.
+    n tokens costs is n + attention_cost * n^2, and micro-batches are made to cost the same. beginnings: of these conversations, with
+    method.cache_frozen.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Batches:
         tokens_per_step: int = 0,
         row: int = 0,
         attention_cost: float = 0.0,
+        beginnings: Beginnings | None = None,
     ):
         self.examples = _indexed(examples)
         self.conversations_per_step = conversations_per_step
@@ -70,6 +73,7 @@ class Batches:
         self.batching = batching
         self.row = max(row, int(self.examples.computed.max()))
         self.attention_cost = attention_cost
+        self.beginnings = beginnings
         self.steps_per_epoch = steps_per_epoch(
             len(self.examples), int(self.examples.computed.sum()), conversations_per_step, tokens_per_step
         )
@@ -136,19 +140,37 @@ class Batches:
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[MicroBatch]:
         """What this rank computes in this step; a stand-in of weight 0 where it has nothing, as all ranks must take part."""
         shortest = self.conversations(step)[-1]
-        return [
-            fill(*self._arrange(step, part)) if part else lay_out([self.examples[shortest]], Batching.ragged, weight=0.0)
-            for part in self.split(step, world_size)[rank]
-        ]
+        split = self.split(step, world_size)
+        before = [number for parts in split[:rank] for part in parts for number in part]  # what lower ranks write, with method.cache_frozen
+        batches = []
+        for part in split[rank]:
+            if not part:
+                batches.append(lay_out([self.examples[shortest]], Batching.ragged, weight=0.0))
+                continue
+            examples, nodes = self._arrange(step, part)
+            batch = fill(examples, nodes)
+            batches.append(replace(batch, kept=self.beginnings.kept(part, nodes, before)) if self.beginnings is not None else batch)
+            before += part
+        return batches
+
+    def note(self, step: int) -> None:
+        """All ranks have taken this step: its states are in the cache of frozen layers."""
+        if self.beginnings is not None:
+            self.beginnings.note(self.conversations(step))
 
     def targets(self, step: int) -> int:
         """Target tokens of the whole step: what the loss is divided by."""
         return int(self.examples.target_counts[self.conversations(step)].sum())
 
-    def work(self, step: int, world_size: int, rank: int | None = None) -> StepWork:
-        """Lengths and counts of what a rank computes in a step (None: of what all do, which takes that much longer to find)."""
+    def work(self, step: int, world_size: int, rank: int | None = None, *, known: bool | None = None) -> StepWork:
+        """Lengths and counts of what a rank computes in a step (None: of what all do, which takes that much longer to find).
+
+        known: of the micro-batches alone whose states the cache of frozen layers has, or of the others (None: of both).
+        """
         split = self.split(step, world_size)
         dealt = [part for parts in (split if rank is None else split[rank : rank + 1]) for part in parts if part]
+        if known is not None:
+            dealt = [part for part in dealt if known == (self.beginnings is not None and self.beginnings.are_written(part))]
         chosen = [number for part in dealt for number in part]
         parts = [self._arrange(step, part) for part in dealt]
         nodes = [node for _, part in parts for node in part]

@@ -42,6 +42,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Where the cache of frozen layers has a micro-batch's states, one a token (model/frozen.py)."""
+
+    rows: np.ndarray
+    """Their numbers, int64 [tokens]; -1 for padding."""
+    new: np.ndarray
+    """Indices of the tokens whose states this micro-batch writes, int64 [written]."""
+    known: bool
+    """All of them are there to be read: the frozen layers need not run."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Conversations laid end to end, for one forward on one rank. Tokens see only their own conversation."""
 
@@ -63,6 +75,8 @@ class MicroBatch:
     """Tokens that are not padding."""
     weight: float = 1.0
     """0 for a stand-in on a rank that has no conversation left in a short step, else 1."""
+    kept: Kept | None = None
+    """None: without method.cache_frozen, of held-out conversations, and for a stand-in."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -204,7 +218,7 @@ def _forest(conversations: Sequence[np.ndarray], least_shared: int) -> list[Node
         members, depth, parent = pending.pop(0)
         siblings = []
         for group in _groups(members, depth, conversations, least_shared):
-            stop = depth + _common([conversations[group[0]], conversations[group[-1]]], depth)
+            stop = depth + common([conversations[group[0]], conversations[group[-1]]], depth)
             siblings.append(Node(depth, stop, tuple(group), parent))
         for node in sorted(siblings, key=lambda node: (node.start - node.stop, node.members)):
             nodes.append(node)
@@ -217,14 +231,14 @@ def _groups(members: list[int], depth: int, conversations: Sequence[np.ndarray],
     """Cut sorted conversations where neighbours share fewer than `least` tokens from `depth` on."""
     groups = [[members[0]]]
     for before, now in pairwise(members):
-        if _common([conversations[before], conversations[now]], depth) >= least:
+        if common([conversations[before], conversations[now]], depth) >= least:
             groups[-1].append(now)
         else:
             groups.append([now])
     return groups
 
 
-def _common(pair: Sequence[np.ndarray], depth: int) -> int:
+def common(pair: Sequence[np.ndarray], depth: int) -> int:
     """How many tokens two conversations share from `depth` on."""
     first, second = pair
     length = min(len(first), len(second)) - depth

@@ -30,6 +30,7 @@ from tunesmith.model.adapters import (
     with_adapters,
 )
 from tunesmith.model.beginning import Beginning, continue_all, read_beginning
+from tunesmith.model.frozen import FrozenStates
 from tunesmith.model.int8 import quantise_layers
 from tunesmith.model.linear import join_adapters
 from tunesmith.model.loss import Targets, measure_at_head
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "DTYPES", "Beginning", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers", "for_generation",
-    "free_gib", "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter",
-    "read_beginning", "save_model", "stream",
+    "DTYPES", "Beginning", "FrozenStates", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers",
+    "for_generation", "free_gib", "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again",
+    "read_adapter", "read_beginning", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
@@ -61,6 +62,8 @@ class TargetLoss(nn.Module):
     """All logits are made together, by a head that gives them: for who listens to it."""
     beginning: Beginning | None = None
     """What every conversation goes on from, and no micro-batch holds (method.alora)."""
+    frozen: FrozenStates | None = None
+    """What the layers below the lowest trained one have given, with method.cache_frozen."""
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0, neftune_alpha: float = 0.0):
         super().__init__()
@@ -72,7 +75,7 @@ class TargetLoss(nn.Module):
         """Sum over target tokens, fp32 scalar; 0 with a gradient path for a stand-in of weight 0."""
         device = next(self.model.parameters()).device
         targets = Targets(batch, self.label_smoothing if self.training else 0.0)  # held-out losses stay comparable
-        with nullcontext() if self.whole_logits else targets.asked():
+        with nullcontext() if self.whole_logits else targets.asked(), self.frozen.serving(batch) if self.frozen else nullcontext():
             loss = targets.loss(self._logits(batch, device))
         return loss if batch.weight else loss * 0.0
 
@@ -107,6 +110,11 @@ class TargetLoss(nn.Module):
             use_cache=False,
         ).logits
         return logits[0]
+
+    def take_states(self, states: FrozenStates) -> None:
+        """Let what is frozen below the lowest trained layer be computed once for each beginning of the training data."""
+        states.attach(self.model)
+        self.frozen = states
 
     def train(self, mode: bool = True) -> TargetLoss:
         """Training or evaluation mode, for every layer but NF4 ones."""

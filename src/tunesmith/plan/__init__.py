@@ -18,16 +18,16 @@ from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, Eng
 from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BUCKET, BYTES, TARGET_SHARE, memory_gib
+from tunesmith.plan.memory import BUCKET, BYTES, TARGET_SHARE, memory_gib, state_number_bytes
 from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8, shape_needs_files, shape_of
+from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, multiplies_int8, shape_needs_files, shape_of
 from tunesmith.plan.words import beside, describe
 
 __all__ = [
-    "Flops", "ModelShape", "Plan", "PlanError", "beside", "describe", "engine_choices", "make_plan", "memory_gib", "problems",
-    "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
+    "Cache", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe", "engine_choices", "make_plan", "memory_gib",
+    "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -37,6 +37,20 @@ SPLIT_PAYS = 0.02
 CPU_TOKENS = 2048
 """Tokens in one forward on a CPU, common beginnings left out, that more of them would not be faster than: 830 tokens cost it a tenth of the
 speed of 3,300, 1,660 cost 3 % (docs/log.md), and memory grows with them."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What method.cache_frozen takes and saves."""
+
+    tokens: int
+    """States that are kept: one for each token of the training data, common beginnings once; 0 until counted."""
+    number_bytes: int
+    """Bytes of a number of a state."""
+    flops: Flops
+    """Of the step of Plan.flops whose states are all there."""
+    time: dict[str, float]
+    """Predicted seconds of such a step by part, reading left out; empty where Plan.time is."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class Plan:
     """Predicted seconds of a step by part (plan/pace.py); empty where the device's peak is unknown or not measured yet."""
     disk: tuple[float, float]
     """GiB of one checkpoint, and of the result."""
+    cache: Cache | None
+    """None without method.cache_frozen."""
     config: Config = field(repr=False)
     """What the run does: the settings as given, but with engine.fit those that the plan has chosen."""
 
@@ -128,16 +144,30 @@ class Plan:
         """Predicted tokens a second over all ranks; 0.0 if unknown."""
         return self.expected_tokens / self.step_s if self.time else 0.0
 
-    @property
-    def predicted(self) -> dict[str, float]:
-        """What a run logs beside what it measures, by metric names; a time that is unknown is left out."""
+    def predicted(self, cached: bool = False) -> dict[str, float]:
+        """What a run logs beside what it measures, by metric names; a time that is unknown is left out.
+
+        cached: for a step whose states are all in the cache of frozen layers.
+        """
         found = {"plan/peak_gib": self.memory_gib}
-        return found | {"plan/step_s": self.step_s, "plan/tokens_per_s": self.tokens_per_s} if self.time else found
+        step_s = self.cached_step_s if cached else self.step_s
+        return found | {"plan/step_s": step_s, "plan/tokens_per_s": self.expected_tokens / step_s} if step_s else found
+
+    @property
+    def cached_step_s(self) -> float:
+        """Predicted seconds of a step whose states are all in the cache of frozen layers; 0.0 if unknown."""
+        return sum(self.cache.time.values()) if self.cache else 0.0
+
+    @property
+    def cache_gib(self) -> float:
+        """GiB on disk of the cache of frozen layers; 0.0 until the data has been counted."""
+        return self.cache.tokens * self.shape.hidden * self.cache.number_bytes / 2**30 if self.cache else 0.0
 
     @property
     def hours(self) -> float:
         """Predicted hours of training, without evaluation and saving; 0.0 if unknown."""
-        return self.steps * self.step_s / 3600
+        cached = self.steps - math.ceil(self.steps / max(1.0, self.epochs)) if self.cache else 0
+        return ((self.steps - cached) * self.step_s + cached * self.cached_step_s) / 3600
 
     @property
     def cost(self) -> float:
@@ -158,21 +188,23 @@ def make_plan(
     model_folder: Path | None = None,
     micro_limit: int = 0,
     beginning: int = 0,
+    beginnings: int = 0,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
-    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the training
-    data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on this machine
-    (0: all of them). model_folder: the model's files, where they are here. beginning: tokens that are read once for all, before the run
-    (method.alora). micro_limit: most conversations in a micro-batch, as a larger
-    one ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that.
+    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the
+    training data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on
+    this machine (0: all of them). model_folder: the model's files, where they are here. beginning: tokens that are read once for all,
+    before the run (method.alora). micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit).
+    beginnings: states that method.cache_frozen keeps (0: not counted). With engine.fit the plan's `config` has what it chose, and
+    runs go by that.
     """
 
     def plan(tried: Config) -> Plan:
         return _plan(
             tried, machine, world_size, conversations, tokens, local_size, longest_tokens, common_tokens, model_folder, micro_limit,
-            beginning,
-        )
+            beginning, beginnings,
+        )  # fmt: skip
 
     return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
 
@@ -214,18 +246,9 @@ def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _plan(
-    config: Config,
-    machine: Machine,
-    world_size: int,
-    conversations: int | None,
-    tokens: int,
-    local_size: int,
-    longest_tokens: int,
-    common_tokens: int,
-    model_folder: Path | None,
-    micro_limit: int,
-    beginning: int,
-) -> Plan:
+    config: Config, machine: Machine, world_size: int, conversations: int | None, tokens: int, local_size: int, longest_tokens: int,
+    common_tokens: int, model_folder: Path | None, micro_limit: int, beginning: int, beginnings: int,
+) -> Plan:  # fmt: skip
     """The plan of a config in which nothing is left to choose but the micro-batch."""
     shape, unknown = None, []
     try:
@@ -259,19 +282,28 @@ def _plan(
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
     peak, peak_note = peak_flops(config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False)
     trained = trained_weights(shape, config.method)
-    seconds = {}
-    if peak:
-        forwards = accumulation * world_size
-        own, contexts = [mean - common] * per_step, [common] * per_step
-        if common:  # once in each micro-batch
-            own, contexts = [common] * forwards + own, [0] * forwards + contexts
-        work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
-        seconds = step_seconds(
-            shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
-            attention=work.attention / world_size, peak_flops=peak,
-            tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
-            overheads=overheads(machine, threads, measure=False) if on_cpu else None,
-        )  # fmt: skip
+
+    def effort(shape: ModelShape, config: Config) -> tuple[Flops, dict[str, float]]:
+        """FLOPs of the longest step, and seconds of a mean one."""
+        seconds, forwards = {}, accumulation * world_size
+        if peak:
+            own, contexts = [mean - common] * per_step, [common] * per_step
+            if common:  # once in each micro-batch
+                own, contexts = [common] * forwards + own, [0] * forwards + contexts
+            work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
+            seconds = step_seconds(
+                shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
+                attention=work.attention / world_size, peak_flops=peak,
+                tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
+                overheads=overheads(machine, threads, measure=False) if on_cpu else None,
+            )  # fmt: skip
+        return _flops(shape, config, lengths, sum(lengths), forwards, beginning=beginning), seconds
+
+    flops, seconds = effort(shape, config)
+    cache = None
+    if config.method.cache_frozen:
+        above, method = above_frozen(shape, config.method)
+        cache = Cache(beginnings, state_number_bytes(shape, config), *effort(above, replace(config, method=method)))
     tokens_in_memory = in_memory + micro * (longest - in_memory)
     memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
@@ -298,7 +330,7 @@ def _plan(
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
         beginning=beginning,
-        flops=_flops(shape, config, lengths, sum(lengths), accumulation * world_size, beginning=beginning),
+        flops=flops,
         attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
         peak_note=peak_note,
@@ -307,6 +339,7 @@ def _plan(
         expected_tokens=expected,
         time=seconds,
         disk=checkpoint_gib(shape, config),
+        cache=cache,
         config=config,
     )
     return replace(plan, notes=list(_notes(config, plan, tokens, longest_tokens, on_cpu)))
@@ -483,6 +516,8 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
                 f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
                 "— type engine=accelerate"
             )
+    if plan.cache and 0 < plan.epochs <= 1:
+        yield "method.cache_frozen=true: the run is one epoch at most, and nothing is read again — type method.cache_frozen=false"
     if multiplies_int8(config):
         yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.compute.value}, so they may pass 100 %"
         if on_cpu and config.precision.compute is not Compute.fp32:

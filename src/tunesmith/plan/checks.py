@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from itertools import combinations
@@ -14,7 +15,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Method, Me
 from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.optimizers import SETTINGS
-from tunesmith.plan.shapes import ModelShape, multiplies_int8
+from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8
 
 
 class PlanError(Refusal):
@@ -41,6 +42,11 @@ def problems(
     """
     found = [*_number_problems(config), *_batch_problems(config, world_size, steps)]
     found += [*_patience_problems(config), *_data_problems(config), *_combination_problems(config, shape, world_size)]
+    if config.method.cache_frozen and 0 < local_size < world_size:
+        found.append(
+            f"method.cache_frozen=true: ranks read one file, and one that {math.ceil(world_size / local_size)} machines write is not the "
+            "same on each of them right away — type method.cache_frozen=false, or start all ranks on one machine"
+        )
     unclear = (*(f"method.{name}" for name in ("r", "targets", *ONLY_LORA, "virtual_tokens")), "data.max_tokens", "engine.checkpoint_every")
     if any(line.partition("=")[0] in unclear for line in found):
         shape = None  # memory cannot be predicted from numbers that make no sense
@@ -165,6 +171,8 @@ def _combination_problems(config: Config, shape: ModelShape | None, world_size: 
         yield f"engine.checkpoint_every={engine.checkpoint_every}: nothing is recomputed — type engine.checkpointing=true"
     yield from _optimizer_problems(config)
     yield from _method_problems(config, shape)
+    if method.cache_frozen:
+        yield from (f"method.cache_frozen=true: {line}, or method.cache_frozen=false" for line in _cache_problems(config, shape))
     virtual = method.virtual_tokens if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
     if shape and config.data.max_tokens + virtual > shape.max_positions:
         behind = f", {virtual} of them for virtual tokens" if virtual else ""
@@ -259,6 +267,8 @@ def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
             f"method.modules_to_save={','.join(method.modules_to_save)}: what stands before the user's turn is read once, by a model that "
             "does not change (method.alora=true) — type method.modules_to_save=[]"
         )
+    if method.alora and method.cache_frozen:
+        yield "method.cache_frozen=true: not tried with method.alora=true — type method.cache_frozen=false"
     if method.alora and (config.engine.fsdp or (config.engine.kind is EngineKind.deepspeed and config.engine.zero == 3)):
         yield "method.alora=true: not tried with weights in pieces — type engine.zero=2, or engine=accelerate engine.fsdp=false"
     if not shape:
@@ -280,6 +290,35 @@ def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
         shape.trained_ends(method)
     except ValueError as error:
         yield str(error)
+
+
+def _cache_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
+    """Why what enters the lowest trained layer would not be the same each time, or not be computed twice: the fact, what to type."""
+    engine, method, optim = config.engine, config.method, config.optim
+    middle = max(1, shape.layers // 2) if shape else 1
+    if method.kind is not MethodKind.lora:
+        trained = "every layer" if method.kind is MethodKind.full else f"a {method.kind.value} that every layer sees"
+        yield f"method.kind={method.kind.value} trains {trained} — type method=lora method.first_layer={middle}"
+        return
+    if method.first_layer == 0:
+        yield f"method.first_layer=0 trains every layer from the lowest on — type method.first_layer={middle}"
+    with suppress(ValueError):  # of a name that _method_problems tells
+        if shape and "embed_tokens" in shape.trained_ends(method):
+            tied = "" if "embed_tokens" in method.modules_to_save else ", which is the head too"
+            yield f"method.modules_to_save trains the embedding{tied}, below all layers — type method.modules_to_save=[]"
+    if optim.neftune_alpha > 0:
+        yield f"optim.neftune_alpha={optim.neftune_alpha:g} puts other noise below all layers each time — type optim.neftune_alpha=0"
+    if method.base is Base.int8:
+        yield "method.base=int8 rounds a token's numbers by what is in the micro-batch beside it — type method.base=as_is"
+    if config.precision.fp32_layers:
+        yield "precision.fp32_layers makes states of a type that is not planned for — type precision.fp32_layers=[]"
+    if gathers_by_hooks(engine) or engine.fsdp:
+        name, instead = ("engine.fsdp=true", "engine.fsdp=false") if engine.fsdp else ("engine.zero=3", "engine.zero=2")
+        yield f"under {name} all ranks gather every layer together, and none may leave one out — type {instead}"
+    if config.data.streaming:
+        yield "data.streaming=true keeps no tokens, by which a state is found — type data.streaming=false"
+    if config.train.steps == 0 and 0 < config.train.epochs <= 1:
+        yield f"train.epochs={config.train.epochs:g} computes nothing twice — type train.epochs=3"
 
 
 def _hardware_problems(

@@ -149,6 +149,11 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
     )
 
 
+def state_number_bytes(shape: ModelShape, config: Config) -> int:
+    """Bytes of a number of what goes from one decoder layer to the next: the embedding's type, which all sums there keep."""
+    return setting_of(shape, config).stored
+
+
 def _base_bytes(shape: ModelShape, config: Config) -> float:
     """Bytes of the frozen base; only the decoder's linear layers are quantised."""
     compute = BYTES[config.precision.compute]

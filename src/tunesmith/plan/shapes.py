@@ -149,6 +149,13 @@ class ModelShape:
         return adapters // self.layers * len(self.adapted_layers(method)) + self.vocab * self.hidden * (1 if self.tied and ends else ends)
 
 
+def above_frozen(shape: ModelShape, method: Method) -> tuple[ModelShape, Method]:
+    """What is left to compute where the states that enter method.first_layer come from a cache: a model of the layers from it on."""
+    first = method.first_layer
+    last = method.last_layer if method.last_layer < 0 else method.last_layer - first
+    return replace(shape, layers=shape.layers - first), replace(method, first_layer=0, last_layer=last)
+
+
 def joins_adapters(method: Method, gathered: bool = False, in_int8: bool = False) -> bool:
     """Whether a base layer and its adapter are computed as one operator (model/linear.py), and not as PEFT does.
 

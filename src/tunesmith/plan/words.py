@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tunesmith.plan.network import ASSUMED_GBIT_PER_S
 
 if TYPE_CHECKING:
-    from tunesmith.plan import Plan
+    from tunesmith.plan import Cache, Plan
 
 
 def describe(plan: Plan) -> str:
@@ -39,6 +39,7 @@ def describe(plan: Plan) -> str:
         "time": _time_words(plan),
         **({"nodes": _nodes_words(plan)} if plan.nodes > 1 else {}),
         "disk": _disk_words(plan),
+        **({"cache": _cache_words(plan, plan.cache)} if plan.cache else {}),
         "peak": f"{plan.peak_flops / 1e12:.4g} TFLOPS a rank, {plan.peak_note}" if plan.peak_flops else plan.peak_note,
     }
     return "\n".join(
@@ -85,13 +86,23 @@ def _disk_words(plan: Plan) -> str:
     return f"{(kept + 1) * each + result:.3g} GiB: {kept} + 1 checkpoints of {each:.3g}, and {result:.3g} for the result"
 
 
+def _cache_words(plan: Plan, cache: Cache) -> str:
+    each = f"{plan.shape.hidden:,} numbers x {cache.number_bytes} bytes"
+    size = f"{plan.cache_gib:.3g} GiB more on disk: {cache.tokens:,} tokens x {each}" if cache.tokens else f"{each} a token on disk"
+    words = f"{size}; a step of tokens that are there takes {1 - cache.flops.executed / plan.flops.executed:.0%} fewer FLOPs"
+    return words + (f", {plan.cached_step_s:.3g} s" if cache.time else "")
+
+
 def beside(plan: Plan, rows: Sequence[Mapping[str, float]]) -> str:
     """What was predicted beside what a run's metrics say: the highest memory and the middle step after the first three."""
     peaks = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
-    settled = [row["time/step_s"] for row in rows if "time/step_s" in row][3:]
+    settled = [row for row in rows if "time/step_s" in row][3:]
     words = []
     if peaks:
         words.append(f"memory {plan.memory_gib:.2f} GiB predicted, {max(peaks):.2f} measured")
-    if settled and plan.time:
-        words.append(f"step {plan.step_s:.3g} s predicted, {median(settled):.3g} measured")
+    for kind, predicted in (("step", plan.step_s), ("cached step", plan.cached_step_s)):
+        cached = kind != "step"
+        measured = [row["time/step_s"] for row in settled if bool(row.get("data/cached_tokens")) is cached]
+        if measured and predicted:
+            words.append(f"{kind} {predicted:.3g} s predicted, {median(measured):.3g} measured")
     return "; ".join(words)
