@@ -23,8 +23,8 @@ $(READY): setup.cfg constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
-demo: $(READY) ## fine-tune a real model on real data through DeepSpeed, on this CPU, and show what it learned (RANKS=2: two ranks)
-	deepspeed --num_accelerators $(RANKS) train.py +exp=lora_cpu
+demo: $(READY) ## fine-tune a real model on real data through DeepSpeed, on this CPU, and show what it learned (RANKS=2: two ranks; EXP=demo_tools: all tools in the prompt)
+	deepspeed --num_accelerators $(RANKS) train.py +exp=$(EXP)
 
 test: $(READY) ## run all tests (WORKERS=2: files at a time)
 	python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/cluster

@@ -65,7 +65,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
         longest_tokens=dataset.longest_tokens, common_tokens=dataset.common_tokens,
         beginnings=len(dataset.beginnings) if config.method.cache_frozen else 0,
-        model_folder=base, micro_limit=folder.restarts.micro_batch,
+        model_folder=base, micro_limit=folder.restarts.micro_batch, beginning=len(dataset.beginning),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with engine.fit what the plan has chosen
@@ -77,6 +77,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     threads = config.hardware.threads or max(1, machine.cores // world.local_size)
     engine.join(config, world, device, threads, folder.restarts.count)
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
+    if dataset.beginning:
+        worker.read_beginning(dataset.beginning, dataset.invocation)
     saves = checkpoint.Checkpoints(folder.checkpoints, worker, config.train.keep)
     done = saves.restore()
     if done == 0 and (line := loop.check_range(config, plan, worker, dataset)):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from tests.test_model import config_for
 from tunesmith.config import Base, Batching, Method, MethodKind
 from tunesmith.data.layout import Example, lay_out
-from tunesmith.model import build_model
+from tunesmith.model import build_model, for_generation, read_beginning
 from tunesmith.model.linear import join_adapters
 from tunesmith.plan.flops import Attention, Flops, step_flops
 from tunesmith.plan.shapes import KNOWN, ModelShape
@@ -213,6 +213,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "dora with dropout": {"r": 4, "dora": True, "dropout": 0.1},
     "embedding and upper layers": {"r": 4, "first_layer": 1, "modules_to_save": ["embed_tokens"]},
     "head": {"r": 4, "first_layer": 1, "modules_to_save": ["lm_head"]},
+    "alora": {"r": 4, "alora": True},
+    "alora of some": {"r": 4, "alora": True, "first_layer": 1, "targets": ["v_proj"]},
     "prefix": {"kind": MethodKind.prefix, "virtual_tokens": 7},
     "prompt": {"kind": MethodKind.prompt, "virtual_tokens": 7},
 }
@@ -230,6 +232,9 @@ def test_a_run_executes_what_the_plan_says(method: dict[str, Any], recomputed: i
     assert sum(w.numel() for w in module.parameters() if w.requires_grad) == shape.trained_weights(config.method)
     draw = np.random.default_rng(0)
     begins = [draw.integers(0, shape.vocab, 20), draw.integers(0, shape.vocab, 0)]
+    if config.method.alora:
+        with for_generation(module.model) as model:
+            module.beginning = read_beginning(model, range(9))
     lengths: list[int] = []
     contexts: list[int] = []
     targets = 0
@@ -244,7 +249,7 @@ def test_a_run_executes_what_the_plan_says(method: dict[str, Any], recomputed: i
     engine = config.engine
     planned = step_flops(
         shape, config.method, lengths, targets, contexts=contexts, checkpointing=engine.checkpointing,
-        checkpoint_every=engine.checkpoint_every, micro_batches=2,
+        checkpoint_every=engine.checkpoint_every, micro_batches=2, beginning=9 * config.method.alora,
     )  # fmt: skip
     assert counter.get_total_flops() == planned.executed
     assert planned.executed >= planned.useful > 0

@@ -155,6 +155,9 @@ class Method:
     """Scale adapters by alpha / sqrt(r) (arXiv 2312.03732)."""
     dora: bool = False
     """Train the length of each output's weights apart from their direction (DoRA, arXiv 2402.09353)."""
+    alora: bool = False
+    """Let adapters act from the user's turn on only (Activated LoRA, arXiv 2504.12397): the tools and system turn that all conversations
+    begin with are read by the frozen model, once a run and not in each micro-batch."""
     b_lr_ratio: float = 1.0
     """Learning rate of the adapters' B matrices over that of A (LoRA+, arXiv 2402.12354, which advises about 16)."""
     first_layer: int = 0

@@ -13,12 +13,16 @@ import torch
 from tunesmith.config import Eval
 from tunesmith.data import Call, Dataset, Question
 from tunesmith.data.batches import held_out_batches
+from tunesmith.data.beginning import common_beginning
 from tunesmith.data.examples import Examples
 from tunesmith.data.templates import Renderer, parse_call
 from tunesmith.engine import Engine
 from tunesmith.loop import held_out
 from tunesmith.metrics.uncertainty import Interval, f1_interval, wilson
-from tunesmith.model import new_tokens
+from tunesmith.model import Beginning, continue_all, is_prompt_learning, new_tokens, read_beginning
+
+LEAST_READ = 64
+"""Fewest tokens that are read once for all prompts: below it, rows of whole prompts cost less than a forward more."""
 
 _BASELINES: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()
 """By training examples, which each data set has for itself: the numbers before and after are the same."""
@@ -39,11 +43,12 @@ def evaluate(engine: Engine, dataset: Dataset, settings: Eval, micro_batch: int)
             found |= {key: value for key, value in simple.items() if key.startswith(f"{name}/")}
     questions = dataset.questions[: settings.conversations or None]
     if questions:
-        answers = answer(engine, questions, dataset.renderer, settings)
+        answers, shared = answer(engine, questions, dataset.renderer, settings)
         judged = [judge(*pair) for pair in zip(questions, answers, strict=True)]
         found |= scores(judged)
         found["intervals"] = intervals(judged)
         found["answers"] = answers
+        found["shared_prompt_tokens"] = shared
     found["conversations"] = len(questions)
     found["seconds"] = time.perf_counter() - start
     return found
@@ -62,21 +67,41 @@ def baseline(dataset: Dataset) -> dict[str, float]:
 
 
 @torch.no_grad()
-def answer(engine: Engine, questions: Sequence[Question], renderer: Renderer, settings: Eval) -> list[str]:
-    """Greedy answers in question order, shared out over the ranks in equally many calls (split weights need all of them)."""
+def answer(engine: Engine, questions: Sequence[Question], renderer: Renderer, settings: Eval) -> tuple[list[str], int]:
+    """Greedy answers in question order, shared out over the ranks in equally many calls (split weights need all of them).
+
+    What all prompts begin with is read once; how many tokens those are is said too, 0 where each prompt is read whole.
+    """
     world = engine.world
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     size = settings.batch
     parts = [order[i : i + size] for i in range(0, len(order), size)]
     mine: dict[int, str] = {}
     with engine.for_generation() as model:
+        beginning = engine.loss_module.beginning or _shared_beginning(engine, model, questions)
         for first in range(0, len(parts), world.size):
             index = first + world.rank
             part = parts[min(index, len(parts) - 1)]
-            texts = generate(model, [questions[i].prompt for i in part], renderer, settings.max_new_tokens, engine.splits_weights)
+            prompts = [questions[i].prompt for i in part]
+            if beginning:
+                prompts = [prompt[len(beginning.ids) :] for prompt in prompts]
+                said = continue_all(model, beginning, prompts, renderer.stop_ids, settings.max_new_tokens)
+                texts = [_text(tokens, renderer) for tokens in said]
+            else:
+                texts = generate(model, prompts, renderer, settings.max_new_tokens, engine.splits_weights)
             mine.update(zip(part, texts, strict=True))
     everyone = {number: text for some in engine.gather(mine) for number, text in some.items()}
-    return [everyone[number] for number in range(len(questions))]
+    return [everyone[number] for number in range(len(questions))], len(beginning.ids) if beginning else 0
+
+
+def _shared_beginning(engine: Engine, model: Any, questions: Sequence[Question]) -> Beginning | None:
+    """What all prompts begin with, read once by the model as it is; None where that is too short to be worth it, or cannot be shared:
+    with split weights all ranks must take equally many steps, and virtual tokens are PEFT's own way."""
+    if engine.splits_weights or is_prompt_learning(engine.model):
+        return None
+    shortest = min(len(question.prompt) for question in questions)
+    ids = common_beginning(question.prompt for question in questions)[: shortest - 1]  # each goes on by a token at least
+    return read_beginning(model, ids) if len(ids) >= LEAST_READ else None
 
 
 def generate(model: Any, prompts: Sequence[list[int]], renderer: Renderer, max_new_tokens: int, synced: bool = False) -> list[str]:
@@ -99,8 +124,12 @@ def generate(model: Any, prompts: Sequence[list[int]], renderer: Renderer, max_n
     texts = []
     for row in out.tolist():
         end = next((i for i, token in enumerate(row) if token in stop), len(row))
-        texts.append(renderer.tokenizer.decode(row[:end], skip_special_tokens=True).strip())
+        texts.append(_text(row[:end], renderer))
     return texts
+
+
+def _text(tokens: list[int], renderer: Renderer) -> str:
+    return renderer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _counts(parts: Training, step: int, known: bool) -> list[float]:
     flops = step_flops(
         shape, method, work.lengths, work.logits, padded_to=work.padded_lengths, contexts=work.contexts,
         checkpointing=engine.checkpointing, checkpoint_every=engine.checkpoint_every, micro_batches=work.micro_batches,
-        gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(parts.config),
+        gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(parts.config), beginning=parts.plan.beginning,
     )  # fmt: skip
     computed, real = sum(work.padded_lengths), sum(work.lengths)
     shared = work.conversation_tokens - real

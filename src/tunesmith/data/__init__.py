@@ -7,7 +7,7 @@ on a barrier that could time out while one of them works.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from tunesmith.config import Config, Prepare, Refusal
+from tunesmith.data.beginning import Behind, before_first_question
 from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.examples import Example, Examples, ListedExamples
 
@@ -56,6 +57,10 @@ class Dataset:
     """What was cut, left out or kept all the same, a line for each kind."""
     fingerprint: str
     """8 hex of the rendered training data: a resumed run must find what it began with."""
+    beginning: tuple[int, ...] = ()
+    """Tokens before the user's turn that every conversation has, and train, dev and test are without (method.alora)."""
+    invocation: tuple[int, ...] = ()
+    """Tokens that open the user's turn behind them."""
 
     @property
     def longest_tokens(self) -> int:
@@ -121,7 +126,7 @@ def load(config: Config, tokenizer: Tokenizer) -> Dataset:
     if problems := [line for part in parts.values() for line in part.problems(config.data)]:
         raise Refusal("\n".join(problems))
     nothing = ListedExamples([])
-    return Dataset(
+    dataset = Dataset(
         parts["train"].examples,
         parts["dev"].examples if "dev" in parts else nothing,
         parts["test"].examples if "test" in parts else nothing,
@@ -129,6 +134,19 @@ def load(config: Config, tokenizer: Tokenizer) -> Dataset:
         renderer,
         [note for part in parts.values() for note in part.notes(config.data)],
         parts["train"].digest[:8],
+    )
+    return _without_beginning(dataset) if config.method.alora else dataset
+
+
+def _without_beginning(dataset: Dataset) -> Dataset:
+    """The same conversations from the user's turn on, and what stood before it."""
+    header = dataset.renderer.header("user")
+    parts = (dataset.train, dataset.dev, dataset.test)
+    beginning = before_first_question(parts, header)
+    train, dev, test = (Behind(part, len(beginning)) for part in parts)
+    note = f"alora    {len(beginning):,} tokens before the user's turn are read once by the frozen model; all else counts from there"
+    return replace(
+        dataset, train=train, dev=dev, test=test, beginning=tuple(beginning), invocation=header, notes=[*dataset.notes, note]
     )
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.data.batches import MicroBatch
 from tunesmith.hardware import take_faster_matmul
-from tunesmith.model import TargetLoss, for_generation
+from tunesmith.model import TargetLoss, act_from, for_generation, read_beginning
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
 
@@ -85,6 +85,13 @@ class Engine(ABC):
     def for_generation(self) -> AbstractContextManager[Any]:
         """The model inside, ready to generate; as it was before afterwards."""
         return for_generation(self.model)
+
+    def read_beginning(self, ids: Sequence[int], invocation: Sequence[int]) -> None:
+        """Let the frozen model read, now and never again, what all conversations go on from; what is saved says that the adapters
+        act from the tokens `invocation` on, which come next (method.alora)."""
+        with self.for_generation() as model, model.disable_adapter():
+            self.loss_module.beginning = read_beginning(model, ids)
+        act_from(self.model, invocation)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:

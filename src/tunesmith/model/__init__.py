@@ -18,7 +18,18 @@ from torch import nn
 from tunesmith.config import Base, Compute, Config, EngineKind, Int8, MethodKind, Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model import adapters, attention, glm, halves
-from tunesmith.model.adapters import decoder_layers, inner_model, known_warnings, new_tokens, recompute_layers, save_model, with_adapters
+from tunesmith.model.adapters import (
+    act_from,
+    decoder_layers,
+    inner_model,
+    is_prompt_learning,
+    known_warnings,
+    new_tokens,
+    recompute_layers,
+    save_model,
+    with_adapters,
+)
+from tunesmith.model.beginning import Beginning, continue_all, read_beginning
 from tunesmith.model.frozen import FrozenStates
 from tunesmith.model.fused import fuse
 from tunesmith.model.int8 import quantise_layers
@@ -33,8 +44,9 @@ if TYPE_CHECKING:
     from tunesmith.data.templates import Tokenizer
 
 __all__ = [
-    "DTYPES", "FrozenStates", "TargetLoss", "build_model", "check_source", "decoder_layers", "for_generation", "free_gib", "load_tokenizer",
-    "make_optimizer", "model_folder", "new_tokens", "page_again", "read_adapter", "save_model", "stream",
+    "DTYPES", "Beginning", "FrozenStates", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers",
+    "for_generation", "free_gib", "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again",
+    "read_adapter", "read_beginning", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import
@@ -49,6 +61,8 @@ class TargetLoss(nn.Module):
 
     whole_logits = False
     """All logits are made together, by a head that gives them: for who listens to it."""
+    beginning: Beginning | None = None
+    """What every conversation goes on from, and no micro-batch holds (method.alora)."""
     frozen: FrozenStates | None = None
     """What the layers below the lowest trained one have given, with method.cache_frozen."""
 
@@ -71,7 +85,8 @@ class TargetLoss(nn.Module):
         model, ids = self.model, batch.ids.to(device)
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         positions, predicting, segments = batch.positions, batch.predicting, batch.segments
-        prompt, prefix = adapters.learned_prompt(model), adapters.learned_prefix(model)
+        prompt = adapters.learned_prompt(model)
+        prefix = adapters.learned_prefix(model) if self.beginning is None else self.beginning.keys
         noisy = self.training and self.neftune_alpha > 0
         if prompt is not None or noisy:
             embedded = inner_model(model).get_input_embeddings()(ids)
@@ -83,7 +98,7 @@ class TargetLoss(nn.Module):
                 segments, predicting = attention.behind(virtual, segments), predicting + virtual
                 positions = torch.cat([torch.arange(virtual), positions + virtual])
             inputs = {"inputs_embeds": embedded[None]}
-        if prefix is not None:  # as PEFT has it, the first token comes behind the learned keys
+        if prefix is not None:  # as PEFT has it, the first token comes behind learned keys
             positions = positions + prefix[0].shape[1]
             inputs["prefix"] = prefix
         if prompt is not None or prefix is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -175,6 +175,14 @@ def new_tokens(model: Any, ids: torch.Tensor, mask: torch.Tensor, **settings: An
     rows = prompt.to(embedded.dtype).expand(len(ids), -1, -1)
     seen = torch.cat([mask.new_ones(rows.shape[:2]), mask], dim=1)
     return cast(torch.Tensor, base.generate(inputs_embeds=torch.cat([rows, embedded], dim=1), attention_mask=seen, **settings))
+
+
+def act_from(model: Any, invocation: Sequence[int]) -> None:
+    """Write into PEFT's settings, which are saved with the adapters, that they act from these tokens on.
+
+    PEFT's own layers were made without it: they act on all that they are given, which begins there.
+    """
+    model.peft_config[PEFT_NAME].alora_invocation_tokens = list(invocation)
 
 
 def parameter_groups(module: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -20,9 +20,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.data.layout import Segment
-from tunesmith.model.kernels import Causal, Kernels, attend, attend_backward, kernels_for
+from tunesmith.model.kernels import Causal, Kernels, attend, attend_backward, beside_context, kernels_for
 
 NAME = "tunesmith_ragged"
+BEHIND = "tunesmith_behind"
+"""Answers of several rows that go on from one beginning."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -131,7 +133,7 @@ def ragged_attention(
         ck = cv = None
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
-            ck, cv = (torch.cat(parts)[None].transpose(1, 2) for parts in outer)
+            ck, cv = ((torch.cat(parts) if box.context else parts[0])[None].transpose(1, 2) for parts in outer)
         if kernels and (kernels.packs or ck is not None):
             out = cast(torch.Tensor, _Attention.apply(box_q, box_k, box_v, ck, cv, kernels, box.causal, scaling))  # type: ignore[no-untyped-call]
         elif ck is None or cv is None:
@@ -148,6 +150,38 @@ def _as_computed(x: torch.Tensor) -> torch.Tensor:
     """In autocast's type, which SDPA casts to and kernels of our own choice do not: rotary embedding may have left fp32 queries."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def behind_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    prefix: Sequence[torch.Tensor],
+    seen: torch.Tensor,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of rows to a beginning that all of them continue and, causally, to what of their own is not padding. No gradients.
+
+    query [rows, heads, n, d] is that of the last n of a row's tokens, key and value [rows, kv heads, tokens, d] -> [rows, n, heads, d].
+    prefix: the beginning's keys and values in each layer, [2, its tokens, kv heads, d]; seen: what is no padding, bool [rows, tokens].
+    """
+    rows, heads, n = query.shape[:3]
+    tokens = key.shape[2]
+    ck, cv = (x[None].transpose(1, 2) for x in prefix[cast(int, module.layer_idx)].to(key.dtype).unbind(0))
+    place = torch.arange(tokens, device=query.device)
+    own_place = place[tokens - n :, None]
+    # Padding sees itself: nobody sees it, but a row of nothing would give NaN.
+    mask = ((place <= own_place) & seen[:, None, :] | (place == own_place))[:, None]  # [rows, 1, n, tokens]
+    if query.device.type != "cpu":
+        keys, values = (torch.cat([x.expand(rows, -1, -1, -1), own], dim=2) for x, own in ((ck, key), (cv, value)))
+        keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        mask = torch.cat([mask.new_ones(rows, 1, n, ck.shape[2]), mask], dim=3)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling).transpose(1, 2), None
+    return beside_context(query, key, value, (ck, cv), mask, scaling).transpose(1, 2), None
 
 
 def _fill(tokens: torch.Tensor, box: Rectangle) -> torch.Tensor:
@@ -189,11 +223,14 @@ class _Attention(torch.autograd.Function):
         kernels, causal, scale, count = ctx.settings
         context = None if ck is None else (ck, cv)
         wants_own = any(ctx.needs_input_grad[:3])  # not in the lowest layer under a learned prefix
+        wants_context = any(ctx.needs_input_grad[3:5])  # not where the context is frozen
         found = attend_backward(
-            kernels, gradients[0], q, k, v, context, out, total, (kept[:count], kept[count:]), causal, scale, wants_own
+            kernels, gradients[0], q, k, v, context, out, total, (kept[:count], kept[count:]), causal, scale, wants_own, wants_context
         )
         return *found, None, None, None
 
 
 AttentionInterface.register(NAME, ragged_attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionInterface.register(BEHIND, behind_attention)
+for name in (NAME, BEHIND):
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

@@ -32,7 +32,10 @@ def export(result: Path, model: Model, out: Path, original: bool) -> None:
     if out.exists():
         raise Refusal(f"{out}: exists already — name a folder that does not")
     is_adapter = (result / "adapter_config.json").is_file()
-    if is_adapter and (kind := json.loads((result / "adapter_config.json").read_text("utf-8")).get("peft_type")) != "LORA":
+    settings = json.loads((result / "adapter_config.json").read_text("utf-8")) if is_adapter else {}
+    if settings.get("alora_invocation_tokens"):
+        raise Refusal(f"{result}: acts from the user's turn on (method.alora), which no weight can — load it by PEFT beside {base}")
+    if is_adapter and (kind := settings.get("peft_type")) != "LORA":
         raise Refusal(f"{result}: {kind} adds virtual tokens, which no weight can hold — load it by PEFT beside {base}")
     need = glm.gib(glm.weight_files(base))
     if need > (free := free_gib(out.parent)):

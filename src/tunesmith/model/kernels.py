@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,16 +37,18 @@ class Causal:
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Causal | None, float | None], tuple[torch.Tensor, torch.Tensor, Kept]]
+Gradients = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Backward = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Kept, Causal | None, float | None],
-    tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Kept, Causal | None, float | None, bool],
+    Gradients,
 ]
 
 
 @dataclass(frozen=True)
 class Kernels:
     """A pair of kernels: (q, k, v, causal, scale) -> (output, log-sum-exp, kept), and (gradient of the output, q, k, v, output,
-    log-sum-exp, kept, causal, scale) -> gradients of q, k, v. Causal None: every query sees every key."""
+    log-sum-exp, kept, causal, scale, wants keys) -> gradients of q, k, v, the last two perhaps None if nobody wants them. Causal None:
+    every query sees every key."""
 
     name: str
     groups: bool
@@ -57,17 +59,85 @@ class Kernels:
     backward: Backward
 
 
+CELLS = 1 << 20
+"""Scores that are made at a time: 4 MB, which stay in a core's cache until the next matmul has read them."""
+
+
+def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
+    k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
+    rows, factor = _by_key_head(q, k), _factor(q, scale)
+    out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
+    for head, part in _pieces(rows, k.shape[2]):
+        scores = torch.mm(rows[head, part] * factor, k[0, head].t())
+        shares = scores.softmax(dim=-1)
+        # The largest share is exp(the largest score - the sum's logarithm).
+        sums[head, part] = scores.amax(dim=-1) - shares.amax(dim=-1).log()
+        out[head, part] = torch.mm(shares, v[0, head])
+    return out.view(q.shape), sums.view(q.shape[:3])
+
+
+def _back_over_context(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    total: torch.Tensor,
+    scale: float | None,
+    wants_keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients to q, k and v (those only where they are wanted) of the share that the context has in a merged attention."""
+    k, v = k.contiguous(), v.contiguous()
+    rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
+    sums = total.reshape(rows.shape[:2])
+    drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
+    of_q = torch.empty_like(rows)
+    of_k, of_v = (torch.zeros_like(k), torch.zeros_like(v)) if wants_keys else (None, None)
+    for head, part in _pieces(rows, k.shape[2]):
+        scaled = rows[head, part] * factor
+        shares = torch.mm(scaled, k[0, head].t()).sub_(sums[head, part, None]).exp_()
+        if of_v is not None:
+            of_v[0, head] += torch.mm(shares.t(), of_out[head, part])
+        of_scores = torch.mm(of_out[head, part], v[0, head].t()).sub_(drift[head, part, None]).mul_(shares)
+        if of_k is not None:
+            of_k[0, head] += torch.mm(of_scores.t(), scaled)
+        of_q[head, part] = torch.mm(of_scores, k[0, head])
+    return of_q.mul_(factor).view(q.shape), of_k, of_v
+
+
+def _by_key_head(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, d] -> [kv heads, heads / kv heads * n, d]: all rows that look at the same keys."""
+    return x.reshape(k.shape[1], -1, x.shape[3])
+
+
+def _factor(q: torch.Tensor, scale: float | None) -> float:
+    return float(q.shape[3] ** -0.5) if scale is None else scale
+
+
+def _pieces(rows: torch.Tensor, keys: int) -> Iterator[tuple[int, slice]]:
+    """Key head and rows of each piece of [kv heads, rows, d] that has at most CELLS scores with so many keys."""
+    size = max(1, CELLS // max(1, keys))
+    for head in range(rows.shape[0]):
+        for start in range(0, rows.shape[1], size):
+            yield head, slice(start, start + size)
+
+
 def _cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: Causal | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
+    if causal is None and q.dtype is torch.float32:
+        return *_over_context(q, k, v, scale), ()
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal is not None, scale=scale)
     return out, sums, ()
 
 
 def _cpu_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
-    kept: Kept, causal: Causal | None, scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    kept: Kept, causal: Causal | None, scale: float | None, wants_keys: bool,
+) -> Gradients:  # fmt: skip
+    if causal is None and q.dtype is torch.float32:
+        return _back_over_context(grad, q, k, v, out, sums, scale, wants_keys)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
         grad, q, k, v, out, sums, 0.0, causal is not None, scale=scale
     )
@@ -82,14 +152,14 @@ def _efficient(
 
 def _efficient_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
-    kept: Kept, causal: Causal | None, scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    kept: Kept, causal: Causal | None, scale: float | None, wants_keys: bool,
+) -> Gradients:  # fmt: skip
     # Behind the last query infinity, so that its scores count nothing; and the output with a token's heads side by side, which is how
     # the kernel steps through it, whatever its strides say.
     sums = F.pad(sums, (0, -sums.shape[-1] % ALIGNMENT), value=math.inf)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     of_q, of_k, of_v, _ = aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, None, out, sums, *kept, 0.0, [True, True, True, False], causal is not None, scale=scale
+        grad, q, k, v, None, out, sums, *kept, 0.0, [True, wants_keys, wants_keys, False], causal is not None, scale=scale
     )
     return of_q, of_k, of_v
 
@@ -104,8 +174,8 @@ def _flash(
 
 def _flash_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
-    kept: Kept, causal: Causal | None, scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    kept: Kept, causal: Causal | None, scale: float | None, wants_keys: bool,
+) -> Gradients:  # fmt: skip
     grad, q, k, v, out = (_flash_form(x, causal) for x in (grad, q, k, v, out))
     sums = sums.contiguous() if causal is None else sums[0].contiguous()
     gradients = aten._flash_attention_backward(
@@ -172,22 +242,37 @@ def attend(
     if context is None:
         out, total, own_kept = kernels.forward(q, k, v, causal, scale)
         return out, total, (), own_kept
-    rows, heads, n, d = q.shape
     outer, outer_sum, outer_kept = kernels.forward(_one_row(q), *context, None, scale)
     own, own_sum, own_kept = kernels.forward(q, k, v, causal, scale)
+    return *_merged(outer, outer_sum, own, own_sum), outer_kept, own_kept
+
+
+def beside_context(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Attention to a context that all rows share and to what the mask (bool [rows, 1, n, m]) lets a row see of itself; on a CPU only."""
+    outer, outer_sum, _ = _cpu(_one_row(q), *context, None, scale)
+    barred = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    own, own_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=barred, scale=scale)
+    return _merged(outer, outer_sum, own, own_sum)[0]
+
+
+def _merged(outer: torch.Tensor, outer_sum: torch.Tensor, own: torch.Tensor, own_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two sets of keys put together, [rows, heads, n, d], and its log-sum-exps; the first set's is of _one_row."""
+    rows, heads, n, d = own.shape
     outer = outer.reshape(heads, rows, n, d).transpose(0, 1)
     outer_sum = outer_sum.reshape(heads, rows, n).transpose(0, 1)
     total = torch.logaddexp(outer_sum, own_sum)
     out = outer * (outer_sum - total).exp()[..., None] + own * (own_sum - total).exp()[..., None]
-    return out.to(q.dtype), total, outer_kept, own_kept
+    return out.to(own.dtype), total
 
 
 def attend_backward(
     kernels: Kernels, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     context: tuple[torch.Tensor, torch.Tensor] | None, out: torch.Tensor, total: torch.Tensor, kept: tuple[Kept, Kept],
-    causal: Causal, scale: float | None, wants_own: bool = True,
+    causal: Causal, scale: float | None, wants_own: bool = True, wants_context: bool = True,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v and the context's keys and values; without wants_own of the last two only.
+    """Gradients of q, k, v and the context's keys and values: of the last two only without wants_own, not of those without wants_context.
 
     A kernel that is given the merged output and log-sum-exp returns its exact share of the gradient, since both parts'
     probabilities are normalised by the same sum.
@@ -196,11 +281,12 @@ def attend_backward(
     outer_q: torch.Tensor | None = None
     of_context: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if context is not None:
-        outer_q, *found = kernels.backward(_one_row(grad), _one_row(q), *context, _one_row(out), _one_row(total), kept[0], None, scale)
+        one_grad, one_q, one_out, one_total = (_one_row(x) for x in (grad, q, out, total))
+        outer_q, *found = kernels.backward(one_grad, one_q, *context, one_out, one_total, kept[0], None, scale, wants_context)
         of_context = (found[0], found[1])
     if not wants_own:
         return None, None, None, *of_context
-    own_q, of_k, of_v = kernels.backward(grad, q, k, v, out, total, kept[1], causal, scale)
+    own_q, of_k, of_v = kernels.backward(grad, q, k, v, out, total, kept[1], causal, scale, True)
     if outer_q is not None:
         own_q = outer_q.reshape(heads, rows, n, d).transpose(0, 1) + own_q
     return own_q, of_k, of_v, *of_context

@@ -18,7 +18,7 @@ from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, Eng
 from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BUCKET, TARGET_SHARE, memory_gib, state_number_bytes
+from tunesmith.plan.memory import BUCKET, BYTES, TARGET_SHARE, memory_gib, state_number_bytes
 from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
@@ -95,6 +95,8 @@ class Plan:
     """What a rank's device has (a rank's share of RAM on a CPU); 0.0 if unknown."""
     longest_tokens: int
     """Longest conversation: data.max_tokens until the data has been counted, and where rows are packed to that."""
+    beginning: int
+    """Tokens that are read once for all conversations, and count in no step (method.alora); 0 until the data has been read."""
     flops: Flops
     """Of a step in which every conversation had longest_tokens tokens, all of them targets: an upper bound, but for padding
     where steps are in tokens."""
@@ -185,21 +187,23 @@ def make_plan(
     common_tokens: int = 0,
     model_folder: Path | None = None,
     micro_limit: int = 0,
+    beginning: int = 0,
     beginnings: int = 0,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
-    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the training
-    data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on this machine
-    (0: all of them). model_folder: the model's files, where they are here. micro_limit: most conversations in a micro-batch, as a larger
-    one ran out of memory (0: no limit). beginnings: states that method.cache_frozen keeps (0: not counted). With engine.fit the plan's
-    `config` has what it chose, and runs go by that.
+    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the
+    training data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on
+    this machine (0: all of them). model_folder: the model's files, where they are here. beginning: tokens that are read once for all,
+    before the run (method.alora). micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit).
+    beginnings: states that method.cache_frozen keeps (0: not counted). With engine.fit the plan's `config` has what it chose, and
+    runs go by that.
     """
 
     def plan(tried: Config) -> Plan:
         return _plan(
             tried, machine, world_size, conversations, tokens, local_size, longest_tokens, common_tokens, model_folder, micro_limit,
-            beginnings,
+            beginning, beginnings,
         )  # fmt: skip
 
     return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
@@ -242,18 +246,9 @@ def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _plan(
-    config: Config,
-    machine: Machine,
-    world_size: int,
-    conversations: int | None,
-    tokens: int,
-    local_size: int,
-    longest_tokens: int,
-    common_tokens: int,
-    model_folder: Path | None,
-    micro_limit: int,
-    beginnings: int,
-) -> Plan:
+    config: Config, machine: Machine, world_size: int, conversations: int | None, tokens: int, local_size: int, longest_tokens: int,
+    common_tokens: int, model_folder: Path | None, micro_limit: int, beginning: int, beginnings: int,
+) -> Plan:  # fmt: skip
     """The plan of a config in which nothing is left to choose but the micro-batch."""
     shape, unknown = None, []
     try:
@@ -275,11 +270,13 @@ def _plan(
     local_size = local_size or world_size
     limit_gib = device_gib(machine, on_cpu, local_size)
     per_step, step_tokens = _size(config, conversations, tokens)
+    kept_gib = shape.layers * 2 * shape.kv_width * beginning * BYTES[config.precision.compute] / 2**30  # keys and values
+    room_gib = limit_gib and max(0.1, limit_gib - kept_gib)
     expected = step_tokens or per_step * (min(longest, round(tokens / conversations)) if tokens and conversations else longest)
     mean = max(1, round(expected / per_step))
     common = min(common_tokens, mean - 1) if config.data.batching is Batching.ragged else 0
     in_memory = common if on_cpu else 0  # a card's kernels may want what conversations share once for each
-    micro, accumulation = _split(config, world_size, per_step, shape, longest, in_memory, mean - common, limit_gib, on_cpu, micro_limit)
+    micro, accumulation = _split(config, world_size, per_step, shape, longest, in_memory, mean - common, room_gib, on_cpu, micro_limit)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
     # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
@@ -293,20 +290,23 @@ def _plan(
             own, contexts = [mean - common] * per_step, [common] * per_step
             if common:  # once in each micro-batch
                 own, contexts = [common] * forwards + own, [0] * forwards + contexts
-            work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts)
+            work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
             seconds = step_seconds(
                 shape, config, None if on_cpu else card, world_size, local_size=local_size, flops=work.executed / world_size,
                 attention=work.attention / world_size, peak_flops=peak,
                 tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
                 overheads=overheads(machine, threads, measure=False) if on_cpu else None,
             )  # fmt: skip
-        return _flops(shape, config, lengths, sum(lengths), forwards), seconds
+        return _flops(shape, config, lengths, sum(lengths), forwards, beginning=beginning), seconds
 
     flops, seconds = effort(shape, config)
     cache = None
     if config.method.cache_frozen:
         above, method = above_frozen(shape, config.method)
         cache = Cache(beginnings, state_number_bytes(shape, config), *effort(above, replace(config, method=method)))
+    tokens_in_memory = in_memory + micro * (longest - in_memory)
+    memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
+    memory["buffers"] += kept_gib
     plan = Plan(
         name=config.name,
         run_id=run_id(config),
@@ -326,9 +326,10 @@ def _plan(
         method=_words(config),
         shape=shape,
         trained_weights=trained,
-        memory=memory_gib(shape, config, world_size, in_memory + micro * (longest - in_memory), cpu=on_cpu, accumulated=accumulation > 1),
+        memory=memory,
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
+        beginning=beginning,
         flops=flops,
         attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
@@ -433,13 +434,15 @@ def _attention_cost(shape: ModelShape, config: Config) -> float:
 
 
 def _flops(
-    shape: ModelShape, config: Config, lengths: list[int], targets: int, micro_batches: int, contexts: list[int] | None = None
+    shape: ModelShape, config: Config, lengths: list[int], targets: int, micro_batches: int, contexts: list[int] | None = None,
+    beginning: int = 0,
 ) -> Flops:
     engine = config.engine
     return step_flops(
         shape, config.method, lengths, targets, contexts=contexts, checkpointing=engine.checkpointing,
         checkpoint_every=engine.checkpoint_every,
         micro_batches=micro_batches, gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(config),
+        beginning=beginning,
     )  # fmt: skip
 
 

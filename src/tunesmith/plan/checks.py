@@ -234,7 +234,7 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
         )
 
 
-ONLY_LORA = ("rslora", "dora", "b_lr_ratio", "first_layer", "last_layer", "modules_to_save")
+ONLY_LORA = ("rslora", "dora", "alora", "b_lr_ratio", "first_layer", "last_layer", "modules_to_save")
 """Settings of method that mean something to adapters alone."""
 
 
@@ -260,6 +260,17 @@ def _method_problems(config: Config, shape: ModelShape | None) -> Iterator[str]:
         )
     if method.dora and config.engine.kind is EngineKind.deepspeed and config.engine.zero == 3:
         yield "method.dora=true: measures whole weights outside their layers, and ZeRO 3 leaves a part of each there — type engine.zero=2"
+    if method.alora and method.dora:
+        yield "method.alora=true: PEFT has no DoRA that acts from a place on — type method.dora=false"
+    if method.alora and method.modules_to_save:
+        yield (
+            f"method.modules_to_save={','.join(method.modules_to_save)}: what stands before the user's turn is read once, by a model that "
+            "does not change (method.alora=true) — type method.modules_to_save=[]"
+        )
+    if method.alora and method.cache_frozen:
+        yield "method.cache_frozen=true: not tried with method.alora=true — type method.cache_frozen=false"
+    if method.alora and (config.engine.fsdp or (config.engine.kind is EngineKind.deepspeed and config.engine.zero == 3)):
+        yield "method.alora=true: not tried with weights in pieces — type engine.zero=2, or engine=accelerate engine.fsdp=false"
     if not shape:
         return
     last = method.last_layer

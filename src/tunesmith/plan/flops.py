@@ -39,6 +39,8 @@ class _Layer:
     backward: int
     score_matmuls: int
     """Of the four: dV, dP, dQ, dK."""
+    keys_wanted: bool
+    """Whether keys or values want a gradient, those of a context too."""
     prefix_matmuls: int
     """The same over the scores of learned keys."""
     saved_last: int
@@ -68,12 +70,14 @@ def step_flops(
     attention: Attention = "flash",
     gathered: bool = False,
     in_int8: bool = False,
+    beginning: int = 0,
 ) -> Flops:
     """FLOPs of one step on conversations of these lengths (tokens) with this many target tokens.
 
     With contexts (tokens each), lengths are segments of conversations that begin alike: each also attends to the context
     that it continues, which is computed once, as a segment of its own. micro_batches: forwards over all ranks; each has a
-    prompt's virtual tokens once, as the beginning of all its conversations.
+    prompt's virtual tokens once, as the beginning of all its conversations. beginning: tokens that the frozen model has read before
+    (method.alora): each token attends to them, and no gradient goes to them.
     Conventions. Useful: each conversation attends causally to itself alone, exactly n(n+1)/2 scores for n tokens; a
     score costs 2 x head_dim FLOPs for QK^T and as much for AV (grouped keys save memory, not FLOPs), and twice that in
     backward; logits exist at target tokens only. nf4 and int8 bases need the same FLOPs as any frozen base; in_int8
@@ -119,6 +123,7 @@ def step_flops(
     for layer in layers:
         useful += (layer.forward + layer.backward) * sum(lengths)
         useful += per_score * ((2 + layer.score_matmuls) * causal + (2 + layer.prefix_matmuls) * prefix * sum(lengths))
+        useful += per_score * (2 + 2 * bool(layer.score_matmuls)) * beginning * sum(lengths)  # backward: dP, and dQ from it
 
     learned, outer, own = scores(padded)
     executed: float = per_logit * (targets if logits_positions is None else logits_positions)
@@ -126,16 +131,23 @@ def step_flops(
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
+        # Plain matmuls, of which backward makes the scores again (model/attention.py): not as slow as fused attention.
+        # Where a segment has a context besides, the two are one tensor, which wants its gradients.
+        continued = sum(n for n, context in zip(padded, before, strict=True) if context)
+        kernels = 5 * sum(padded) + 2 * continued * layer.keys_wanted if layer.score_matmuls else 2 * sum(padded)
+        executed += per_score * beginning * kernels
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
-            outside, inside = 5 * bool(outside), 5 * bool(inside)
+            # A kernel makes all five; over a context they are plain matmuls, without the gradients of keys and values that want none.
+            learns = layer.keys_wanted or layer.prefix_matmuls > 0
+            outside, inside = (5 if learns else 3) * bool(outside), 5 * bool(inside)
         else:
             inside = outside
         over_scores += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
     for layer in again:
         executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded)
-        executed += (layer.dora_norms + layer.scaled_forward) * micro_batches
+        executed += (layer.dora_norms + layer.scaled_forward) * micro_batches + per_score * 2 * beginning * sum(padded)
         over_scores += per_score * 2 * (learned + outer + own)
     return Flops(useful, executed + over_scores, over_scores)
 
@@ -179,6 +191,6 @@ def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: 
     if last in with_adapter:  # the adapter's B; DoRA saves what comes out of it
         saved_last = 0 if dora else 2 * method.r * outputs + (saved_last if joins_adapters(method, gathered, in_int8) else 0)
     return _Layer(
-        forward, backward, score_matmuls, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
+        forward, backward, score_matmuls, key or value, prefix_matmuls, saved_last, dora_forward, dora_backward, dora_norms,
         scaled_forward, scaled_backward,
     )  # fmt: skip
