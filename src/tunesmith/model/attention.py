@@ -182,7 +182,7 @@ class _MergedAttention(torch.autograd.Function):
     Softmax over two parts is their outputs weighted by the exponentials of their log-sum-exps (FlashAttention's own rule,
     arXiv 2205.14135). Backward: a kernel that is given the merged output and log-sum-exp returns its exact share of the
     gradient, since both parts' probabilities are normalised by the same sum. The context is neither copied nor masked.
-    In fp32 its scores are made by plain matmuls, some rows at a time, which are seven times as fast as the kernel (docs/log.md).
+    In fp32 its scores are made by plain matmuls, some rows at a time, which are faster than the kernel (docs/log.md).
     """
 
     @staticmethod
