@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -35,7 +35,10 @@ class Set:
     held_out: int
     """Conversations that the held-out loss is taken over."""
     peer: tuple[dict[str, object], ...]
-    """Settings of the peer that are tried: the fastest is compared. Recomputation is off in all of them, which TRL has on by itself."""
+    """Settings of the peer that are tried: the fastest is compared. Recomputation is off in all of them, which TRL has on by itself. On
+    the long set larger micro-batches, and padding-free, were slower (docs/log.md): it takes minutes for an update as it is."""
+    more: dict[str, list[str]] = field(default_factory=dict)
+    """Rows of ours beside those of every set."""
 
 
 PADDED, FREE = {"padding_free": False}, {"padding_free": True}
@@ -44,7 +47,7 @@ SETS = {
     for one in (
         Set("short", 8, 2, 32, ({"micro_batch": 8, **PADDED}, {"micro_batch": 4, **PADDED}, {"micro_batch": 8, **FREE})),
         Set("medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE})),
-        Set("long", 4, 1, 8, ({"micro_batch": 2, **PADDED}, {"micro_batch": 1, **PADDED}, {"micro_batch": 2, **FREE})),
+        Set("long", 16, 1, 8, ({"micro_batch": 1, **PADDED},), {"tunesmith fp32, nothing shared": ["data.batching=length_grouped"]}),
     )
 }
 

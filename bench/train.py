@@ -164,7 +164,9 @@ class Contest:
                 raise
 
     def best_peer(self, python: Path) -> tuple[dict[str, object], list[dict[str, Any]]]:
-        """The peer's fastest settings within the memory allowed, by one window each, and all that were tried."""
+        """The peer's fastest settings within the memory allowed, by one window each, and all that were tried; the only ones untried."""
+        if len(self.set.peer) == 1:
+            return self.set.peer[0], []
         tried: list[dict[str, Any]] = []
         for settings in self.set.peer:
             side = self.peer(python, settings)
@@ -218,8 +220,7 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
     lengths = sorted(len(ids) for ids, _ in contest.facts["train"])
     print(f"  same token ids, targets and weights; {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}", flush=True)
     best, tried = contest.best_peer(python)
-    alike = {"tunesmith fp32, micro-batches like TRL's": [f"train.micro_batch={best['micro_batch']}"]}  # by itself it takes what fits
-    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in (ROWS | alike).items()}
+    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in (ROWS | SETS[name].more).items()}
     rows = measure(contest, starts | {"TRL": partial(contest.peer, python, best)}, windows)
     first = {row: facts["losses"][0] for row, facts in rows.items() if facts["losses"]}
     if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > 0.005:
@@ -286,7 +287,7 @@ def table() -> str:
                 f"| {row['conversations_per_s'] / rows[base]['conversations_per_s']:.2f} | {spread} "
                 f"| {row['peak_gib']:.2f} ({row['over_gib']:.2f}) | {row['first_step_s']:.1f} | {row['held_out']:.4f} |"
             )
-        if "tried" in found:
+        if found.get("tried"):
             tried = [
                 f"{said_of(one)}: {one['conversations_per_s']:.3g}/s, {one['peak_gib']:.1f} GiB"
                 for one in found["tried"]

@@ -632,7 +632,7 @@ def test_an_a10g_is_no_a10() -> None:
 def test_room_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_device(A10, free_gib=3.0)
     memory = [finding for finding in plain(["+exp=lora_a10"], used) if finding.area == "memory"]
-    assert re.match(r"card 0: 14\.\d GiB are needed, 3.0 are free", memory[0].fact) and memory[0].verdict == "fail"
+    assert re.match(r"card 0: 19\.\d GiB are needed, 3.0 are free", memory[0].fact) and memory[0].verdict == "fail"
     full = replace(CPU, available_ram_gib=1.0)
     assert ("memory", "fail") in wrong(plain(["+exp=lora_cpu"], full))
     monkeypatch.setattr(experiment, "disk", lambda purpose, path: Disk(purpose, str(path), 0.1))

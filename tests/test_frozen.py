@@ -25,9 +25,9 @@ from tests.test_model import CPU, config_for, examples, sharing_examples
 from tests.test_plan import A10S, HERE, config_of
 from tunesmith.config import Base, Batching, Compute, MethodKind, Refusal
 from tunesmith.data.batches import Batches, held_out_batches
-from tunesmith.data.beginnings import Beginnings
 from tunesmith.data.examples import ListedExamples
 from tunesmith.data.layout import Example, MicroBatch
+from tunesmith.data.prefixes import Beginnings
 from tunesmith.model import FrozenStates, TargetLoss, build_model, decoder_layers
 from tunesmith.model.frozen import RECORD, STATES, _runs
 from tunesmith.plan import above_frozen, beside, describe, make_plan, problems, run_id, shape_of, step_flops

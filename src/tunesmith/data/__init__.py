@@ -16,13 +16,13 @@ import numpy as np
 from filelock import FileLock
 
 from tunesmith.config import Config, Prepare, Refusal
-from tunesmith.data.beginning import Behind, before_first_question
+from tunesmith.data.beginning import Behind, before_first_question, common_beginning
 from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.examples import Example, Examples, ListedExamples
 
 if TYPE_CHECKING:
-    from tunesmith.data.beginnings import Beginnings
     from tunesmith.data.parts import Part
+    from tunesmith.data.prefixes import Beginnings
     from tunesmith.data.templates import Renderer, Tokenizer
 
 __all__ = [
@@ -70,7 +70,7 @@ class Dataset:
     @cached_property
     def beginnings(self) -> Beginnings:
         """Every beginning of the training conversations once, for method.cache_frozen."""
-        from tunesmith.data.beginnings import Beginnings
+        from tunesmith.data.prefixes import Beginnings
 
         return Beginnings(self.train)
 
@@ -85,13 +85,8 @@ class Dataset:
         from tunesmith.data.layout import LEAST_SHARED
 
         chosen = np.unique(np.linspace(0, len(self.train) - 1, LOOKED_AT).astype(np.int64))
-        first, *others = (self.train[int(number)] for number in chosen)
-        common = first.ids[: first.computed]
-        for example in others:
-            ids = example.ids[: min(example.computed, len(common))]
-            different = np.flatnonzero(ids != common[: len(ids)])
-            common = common[: different[0] if len(different) else len(ids)]
-        return len(common) if len(common) >= LEAST_SHARED else 0
+        common = len(common_beginning((one := self.train[int(number)]).ids[: one.computed] for number in chosen))
+        return common if common >= LEAST_SHARED else 0
 
 
 def prepare_files(config: Config) -> None:

@@ -9,9 +9,9 @@ from heapq import heappop, heappush
 import numpy as np
 
 from tunesmith.config import Batching
-from tunesmith.data.beginnings import Beginnings
 from tunesmith.data.examples import Example, Examples, ListedExamples
 from tunesmith.data.layout import MicroBatch, Node, arrange, fill, lay_out, pack, predicting_positions
+from tunesmith.data.prefixes import Beginnings
 from tunesmith.plan import steps_per_epoch
 
 __all__ = [

@@ -3,7 +3,7 @@
 A state is what the frozen layers gave the first time that they computed it, in the type that they gave: nothing is rounded. Matmuls of
 another shape may round the last bit otherwise, so computing it again in another micro-batch would give a state as good and not the same.
 
-The file has a row of `width` numbers for each beginning (data/beginnings.py). It is read and written in place and not mapped, as pages of
+The file has a row of `width` numbers for each beginning (data/prefixes.py). It is read and written in place and not mapped, as pages of
 a mapped file would count as memory of this process. Which rows may be read is in a record beside it, which is written anew before each
 checkpoint, behind the rows themselves: what a crash tears is in no record, and is computed again.
 """
@@ -31,8 +31,8 @@ from tunesmith.model.adapters import decoder_layers, inner_model
 
 if TYPE_CHECKING:
     from tunesmith.data.batches import MicroBatch
-    from tunesmith.data.beginnings import Beginnings
     from tunesmith.data.layout import Kept
+    from tunesmith.data.prefixes import Beginnings
 
 STATES, RECORD = "states.bin", "about.json"
 
