@@ -125,8 +125,6 @@ def grid() -> list[Case]:
         cases.append(Case(family, rank, Compute.bf16, checkpointing, *BATCHES[number % len(BATCHES)], accumulation=2, halves=True))
     for number, (more, (compute, halves), checkpointing) in enumerate(product(MORE, PRECISIONS, (False, True))):
         settings = dict(more)
-        if "precision.int8" in settings and compute is not Compute.fp32:
-            continue  # a CPU's native passes take fp32; in halves it goes by PyTorch's operators, whose copies the replay does not know
         family = list(FAMILIES)[(number // 2 + number // 6) % len(FAMILIES)]
         rank = 0 if "method.kind" in settings else (4, 16)[number // 2 % 2]
         dropout = 0.1 if rank and number % 3 == 0 else 0.0

@@ -19,7 +19,7 @@ from tests.test_model import CPU, config_for, examples
 from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind, Refusal
 from tunesmith.data.layout import lay_out
 from tunesmith.hardware import this_machine
-from tunesmith.model import TargetLoss, build_model, for_generation, int8, new_tokens
+from tunesmith.model import TargetLoss, build_model, for_generation, int8, native, new_tokens
 from tunesmith.model.int8 import Int8Linear, block_of, quantise_layers, rotated
 from tunesmith.model.linear import can_be_joined, join_adapters
 from tunesmith.plan.checks import problems
@@ -37,7 +37,7 @@ def by_blocks(x: torch.Tensor) -> torch.Tensor:
     columns = x.shape[1]
     block = next(size for size in (64, 16, 4, 1) if columns % size == 0)
     signs = [[(-1.0) ** bin(i & j).count("1") for j in range(block)] for i in range(block)]
-    return x @ torch.kron(torch.tensor(signs) / block**0.5, torch.eye(columns // block))
+    return x @ torch.kron(torch.eye(columns // block), torch.tensor(signs) / block**0.5)
 
 
 def by_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,15 +60,15 @@ def made(layer: nn.Linear) -> Int8Linear:
     return Int8Linear(copy.deepcopy(layer), CPU)
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["C++", "PyTorch"])
+@pytest.mark.parametrize("by_library", [True, False], ids=["C++", "PyTorch"])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_values_and_gradients_are_those_of_the_formulas(inputs: int, outputs: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native:
+def test_values_and_gradients_are_those_of_the_formulas(inputs: int, outputs: int, by_library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_library:
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             pytest.skip("no C++ compiler here: the passes are PyTorch's then, which the other half of this test has")
-        assert int8._native() is not None
+        assert native.library() is not None
     else:
-        monkeypatch.setattr(int8, "_native", lambda: None)
+        monkeypatch.setattr(native, "library", lambda: None)
     torch.manual_seed(0)
     plain = nn.Linear(inputs, outputs, bias=outputs != 80)
     layer = made(plain)
@@ -212,7 +212,7 @@ def test_layers_of_a_model_are_let_go_one_by_one(tiny_model: Path) -> None:
 def test_without_a_compiler_it_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
     for compiler, why in (
-        ("/no/such/compiler", "/no/such/compiler makes no library of int8.cpp"),
+        ("/no/such/compiler", "/no/such/compiler makes no library of native.cpp"),
         ("false", "false makes no library"),
         ("", "no C++ compiler"),
     ):
@@ -220,11 +220,11 @@ def test_without_a_compiler_it_says_so_once(monkeypatch: pytest.MonkeyPatch, cap
         if not compiler:
             monkeypatch.delenv("CXX")
             monkeypatch.setenv("PATH", "")
-        int8._native.cache_clear()
+        native.library.cache_clear()
         made(nn.Linear(16, 16))(torch.randn(3, 16))
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and why in said, said
-    int8._native.cache_clear()
+    native.library.cache_clear()
 
 
 def lora(**settings: Any) -> Config:

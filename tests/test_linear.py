@@ -18,7 +18,7 @@ from tests.test_model import CPU, config_for, examples
 from tunesmith.config import Base, Batching
 from tunesmith.data.layout import lay_out
 from tunesmith.model import build_model
-from tunesmith.model.linear import can_be_joined, join_adapters
+from tunesmith.model.linear import Together, can_be_joined, join_adapters
 
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -203,7 +203,57 @@ def test_a_run_joins_what_is_not_quantised(base: Base, tiny_model: Path) -> None
         assert torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5), name
 
 
-def blocks_of(kind: str, **settings: Any) -> tuple[Any, Any]:
+def kept_of(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of a loss that weighs them."""
+    model.zero_grad()
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["k_proj", "up_proj"]], ids=["all", "q and v", "nothing in common"])
+def test_layers_that_read_the_same_are_one_operator(targets: Any) -> None:
+    """As many operators as inputs, with PEFT's values and gradients; nobody keeps an input for a layer that has answered."""
+    plain, joined = blocks_of("Qwen2", targets)
+    ids = torch.randint(0, 60, (1, 9))
+    apart: set[Any] = set()
+
+    def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        apart.add(output.grad_fn)
+
+    hooks = [part.register_forward_hook(count) for part in joined.modules() if hasattr(part, "lora_A")]
+    (wanted, wanted_gradients), (got, gradients) = kept_of(plain, ids), kept_of(joined, ids)
+    for hook in hooks:
+        hook.remove()
+    operators = {node for node in apart if type(node).__name__ == "_JoinedBackward"}
+    assert len(operators) == 2 * {"all-linear": 4}.get(str(targets), 1 if "v_proj" in targets else 2)
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-5 * float(wanted_gradients[name].abs().max())), name
+    groups = {
+        id(cell.cell_contents): cell.cell_contents
+        for part in joined.modules() if hasattr(part, "lora_A")
+        for cell in part.forward.__func__.__closure__ or () if isinstance(cell.cell_contents, Together)
+    }  # fmt: skip
+    assert len(groups) == 2 * {"all-linear": 2}.get(str(targets), 1 if "v_proj" in targets else 0)
+    assert all(group._x is None and not group._ready for group in groups.values())
+
+
+def test_a_layer_asked_out_of_turn_answers_for_its_own_input() -> None:
+    _, joined = blocks_of("Llama")
+    attention = joined.base_model.model.model.layers[0].self_attn
+    x, other = torch.randn(2, 1, 5, 32).unbind(0)
+    key = attention.k_proj(x)
+    attention.q_proj(other)
+    assert torch.allclose(attention.k_proj(x), key) and not torch.allclose(attention.k_proj(other), key)
+    attention.q_proj(x)
+    attention.v_proj.enable_adapters(False)
+    assert torch.allclose(attention.k_proj(other), attention.k_proj(other.clone())), "one that cannot be joined any more parts them"
+    assert torch.equal(attention.v_proj(x), attention.v_proj.base_layer(x))
+
+
+def blocks_of(kind: str, targets: Any = "all-linear", **settings: Any) -> tuple[Any, Any]:
     """A small model of a family with adapters that are not 0, and the same one joined; fp32."""
     import transformers
 
@@ -214,7 +264,7 @@ def blocks_of(kind: str, **settings: Any) -> tuple[Any, Any]:
     )  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes, **settings)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    model = get_peft_model(model, LoraConfig(r=R, target_modules="all-linear"))
+    model = get_peft_model(model, LoraConfig(r=R, target_modules=targets))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.3)

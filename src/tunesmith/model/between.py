@@ -4,7 +4,8 @@ transformers' own norm and gate are four operators and two, each of which keeps 
 keeps their result once more, as its adapter's gradient needs it. All of it can be had again from the input by a few passes that multiply
 no matrix. So here backward computes it again, and a linear layer that is told how (`again`) keeps no input of its own. In numbers a token
 and layer of a llama, h wide with an MLP of f: the norms' results (2h), silu(gate) and the product (2f) are not kept; 2h + 2f and
-attention's own are. Forward gives the same bits as transformers'.
+attention's own are. On a CPU in fp32 each of these is one pass of C++ (native.py), whose results may differ from transformers' in the last
+bits; elsewhere PyTorch's operators give the same bits as transformers'.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from tunesmith.model import native
 
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "GlmRMSNorm"}
 GATES = {"LlamaMLP": "act_fn", "MistralMLP": "act_fn", "Qwen2MLP": "act_fn", "Qwen3MLP": "act_fn", "GlmMLP": "activation_fn"}
@@ -51,29 +54,37 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     weight = module.weight
     if weight.requires_grad or weight.dtype is not x.dtype:
         return cast(torch.Tensor, type(module).forward(module, x))
-    root = torch.rsqrt(x.detach().float().pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-    y = cast(torch.Tensor, _Norm.apply(x, root, weight))  # type: ignore[no-untyped-call]
+    y, root = cast("tuple[torch.Tensor, torch.Tensor]", _Norm.apply(x, weight, module.variance_epsilon))  # type: ignore[no-untyped-call]
     y._again = Again(_normed, (x.detach(), root, weight))  # type: ignore[attr-defined]
     return y
 
 
 def _normed(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x * root).to(x.dtype).mul_(weight)
+    return native.normed_again(x, root, weight) if native.takes(x) else (x * root).to(x.dtype).mul_(weight)
 
 
 class _Norm(torch.autograd.Function):
-    """w x / rms(x), x [..., width] with 1 / rms as fp32 root [..., 1]; w is frozen."""
+    """w x / rms(x) with frozen w, and 1 / rms: x [..., width] gives [..., width] and fp32 [..., 1]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if native.takes(x):
+            x = x.contiguous()
+            y, root = native.normed(x, weight, eps)
+        else:
+            root = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+            y = _normed(x, root, weight)
         ctx.save_for_backward(x, root, weight)
-        return _normed(x, root, weight)
+        ctx.mark_non_differentiable(root)
+        return y, root
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # With n = x / rms(x) and g the gradient to n: (g - n mean(g n)) / rms(x).
         x, root, weight = ctx.saved_tensors
+        if native.takes(x):
+            return native.normed_back(of_outputs[0], x, root, weight), None, None
         of_n = of_outputs[0] * weight
         of_n = of_n if of_n.dtype is torch.float32 else of_n.float()
         n = x * root
@@ -94,7 +105,7 @@ def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate).mul_(up)
+    return native.gated(gate, up) if native.takes(gate) else F.silu(gate).mul_(up)
 
 
 class _Gate(torch.autograd.Function):
@@ -110,5 +121,7 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         (of_y,) = of_outputs
+        if native.takes(gate):
+            return native.gated_back(of_y, gate, up)
         of_up = F.silu(gate).mul_(of_y)
         return torch.ops.aten.silu_backward(of_y * up, gate), of_up

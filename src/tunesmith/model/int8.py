@@ -9,33 +9,26 @@ leaves it as it was. With the weight W [outputs, inputs] kept as H W H = diag(s)
     G W   = (G H) (H W H) H    is about  (diag(u) (R Q)) H,             where diag(u) R is (G H) diag(s), quantised
 
 The products in brackets are exact sums of integers. They take a ninth of the time of fp32 on a CPU with VNNI, so that what stands around
-them decides: a pass that rotates and quantises, and one that scales and rotates back. Each is a loop of C++ on a CPU (int8.cpp), a
+them decides: a pass that rotates and quantises, and one that scales and rotates back. Each is a loop of C++ on a CPU (native.cpp), a
 matmul by H and a kernel of torch.compile on a card, and several passes of PyTorch where there is no compiler.
+
+Layers that read the same X are one product: their weights lie one after the other (`end_to_end`), each rotated for itself.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.config import Refusal
-from tunesmith.hardware import cache_folder
+from tunesmith.model import native
 
 LEVELS = 127
 """Quantised values go from -127 to 127: symmetric, so that 0 stays 0 and a sign costs nothing."""
@@ -55,7 +48,7 @@ class Int8Linear(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         whole = layer.weight.detach().to(device)
         layer.weight = nn.Parameter(whole.new_empty(0), requires_grad=False)
-        quantised, scales = _quantise(rotated(whole.float().t()).t(), None)
+        quantised, scales = _quantise([rotated(whole.float().t()).t()], None)
         self.weight = nn.Parameter(quantised, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
@@ -72,8 +65,7 @@ class Int8Linear(nn.Linear):
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            bias = None if self.bias is None else self.bias.to(compute)
-            return cast(torch.Tensor, _Product.apply(x.to(compute), self.weight, self.scales, bias))  # type: ignore[no-untyped-call]
+            return cast(torch.Tensor, _Product.apply(x.to(compute), self.weight, self.scales, self.bias))  # type: ignore[no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
@@ -82,27 +74,52 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight, scales)
-        return multiply(x.flatten(0, -2), weight, scales, bias).view(*x.shape[:-1], -1)
+        (y,) = multiply(x.flatten(0, -2), weight, scales, [bias], [len(weight)])
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, scales = ctx.saved_tensors
         (of_y,) = of_outputs
-        of_x = multiply_back(of_y.flatten(0, -2), weight, scales)
+        of_x = multiply_back([of_y.flatten(0, -2)], weight, scales)
         return of_x.view(*of_y.shape[:-1], -1), None, None, None
 
 
-def multiply(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias in x's type: x [tokens, inputs] gives [tokens, outputs], weight and scales those of an Int8Linear."""
-    quantised, rows = _quantise(x, None)
-    return _dequantise(_matmul(quantised, weight.t()), rows, scales, bias, x.dtype)
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, biases: Sequence[torch.Tensor | None], outputs: Sequence[int]
+) -> list[torch.Tensor]:
+    """x W^T + bias in x's type, for layers side by side: x [tokens, inputs] gives [tokens, outputs] of each.
+
+    weight and scales are those of an Int8Linear, or of several end to end.
+    """
+    quantised, rows = _quantise([x], None)
+    return _dequantise(_matmul(quantised, weight.t()), rows, scales, biases, outputs, x.dtype)
 
 
-def multiply_back(of_y: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """of_y W in of_y's type, [tokens, inputs]: what a row of the weight is scaled by goes into a column of of_y, before it is quantised."""
+def multiply_back(of_y: Sequence[torch.Tensor], weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The layers' of_y W, added up, in of_y's type, [tokens, inputs].
+
+    What a row of the weight is scaled by goes into a column of of_y, before it is quantised.
+    """
     quantised, rows = _quantise(of_y, scales)
-    return _dequantise(_matmul(quantised, weight), rows, None, None, of_y.dtype)
+    (of_x,) = _dequantise(_matmul(quantised, weight), rows, None, [None], [weight.shape[1]], of_y[0].dtype)
+    return of_x
+
+
+def end_to_end(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and scales of layers with the same inputs, [all outputs, inputs] and [all outputs], one layer after the other.
+
+    They are moved there once, so that each layer's own are views of it. Whoever moves a layer elsewhere has them moved again.
+    """
+    if len(layers) > 1:
+        for tensors in ([layer.weight for layer in layers], [layer.scales for layer in layers]):
+            if any(one.data_ptr() + one.nbytes != other.data_ptr() for one, other in pairwise(tensors)):
+                whole = torch.cat([tensor.data for tensor in tensors])
+                for tensor, part in zip(tensors, torch.split(whole, [len(tensor) for tensor in tensors]), strict=True):
+                    tensor.data = part
+    first, outputs, inputs = layers[0], sum(layer.out_features for layer in layers), layers[0].in_features
+    return first.weight.data.as_strided((outputs, inputs), (inputs, 1)), first.scales.data.as_strided((outputs,), (1,))
 
 
 def quantise_layers(model: Any, device: torch.device) -> None:
@@ -141,35 +158,36 @@ def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(left, right)[:tokens]
 
 
-def _quantise(x: torch.Tensor, by: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 q [rows, columns] and fp32 t [rows], such that q * t is about rotated(x) * by; by [columns], None: 1."""
-    x = x.contiguous()
-    native = _native() if x.dtype is torch.float32 and not x.is_cuda else None
-    if native is None:
-        return (_compiled(quantised_by_torch) if x.is_cuda else quantised_by_torch)(rotated(x), by)
-    quantised, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
-    native.quantise(_at(x), _at(by), _at(quantised), _at(scales), *_sizes(x))
-    return quantised, scales
+def _quantise(parts: Sequence[torch.Tensor], by: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 q [rows, all columns] and fp32 t [rows]: q * t is about the parts, each rotated, side by side, times by [all columns]."""
+    if native.is_here(parts[0].device):
+        return native.quantised([x.float() for x in parts], [block_of(x.shape[1]) for x in parts], by)
+    turned = [rotated(x) for x in parts]
+    x = turned[0] if len(turned) == 1 else torch.cat(turned, 1)
+    return (_compiled(quantised_by_torch) if x.is_cuda else quantised_by_torch)(x, by)
 
 
 def _dequantise(
-    sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """rotated(sums * rows * columns) + bias in a type: sums int32 [rows, columns], whose memory it takes; columns None: 1, bias None: 0."""
-    native = _native() if dtype is torch.float32 and not sums.is_cuda else None
-    if native is not None:
-        out = sums.view(torch.float32)  # a number at a time, where it was
-        native.dequantise(_at(sums), _at(rows), _at(columns), _at(bias), _at(out), *_sizes(sums))
-        return out
-    out = rotated((_compiled(scaled_by_torch) if sums.is_cuda else scaled_by_torch)(sums, rows, columns, dtype))
-    return out if bias is None else out + bias
+    sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, biases: Sequence[torch.Tensor | None], outputs: Sequence[int],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:  # fmt: skip
+    """rotated(sums * rows * columns) + bias in a type for each part of sums int32 [rows, all columns], whose memory may be taken.
+
+    columns None: 1, a bias None: 0.
+    """
+    if native.is_here(sums.device):
+        biases = [None if bias is None else bias.float() for bias in biases]
+        made = native.dequantised(sums, rows, columns, biases, outputs, [block_of(width) for width in outputs])
+        return [y.to(dtype) for y in made]
+    scaled = (_compiled(scaled_by_torch) if sums.is_cuda else scaled_by_torch)(sums, rows, columns, dtype)
+    made = [rotated(part) for part in scaled.split(list(outputs), 1)]
+    return [y if bias is None else y + bias.to(dtype) for y, bias in zip(made, biases, strict=True)]
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, columns] times blocks of a Hadamard matrix, which mix numbers columns / block apart. Twice, it is x again."""
+    """x [rows, columns] times blocks of a Hadamard matrix, which mix a block of neighbours. Twice, it is x again."""
     block = block_of(x.shape[1])
-    matrix = _hadamard(block).to(x)
-    return (matrix @ x.reshape(len(x), block, -1)).view(x.shape)
+    return (x.reshape(-1, block) @ _hadamard(block).to(x)).view(x.shape)
 
 
 def block_of(columns: int) -> int:
@@ -200,55 +218,3 @@ def scaled_by_torch(sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tenso
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
-
-
-def _sizes(matrix: torch.Tensor) -> tuple[Any, ...]:
-    """Rows, columns, block and the norm of a rotation, as the library takes them."""
-    rows, columns = matrix.shape
-    block = block_of(columns)
-    return ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(block), ctypes.c_float(1 / math.sqrt(block))
-
-
-def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-@cache
-def _native() -> ctypes.CDLL | None:
-    """int8.cpp as a library for this CPU, compiled once (a third of a second) into the cache; None, with a line, where that fails."""
-    source = Path(__file__).with_suffix(".cpp")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        _warn("no C++ compiler here")
-        return None
-    command = [compiler, "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
-    # A cache may be shared by machines with other CPUs.
-    made_from = "\n".join([source.read_text("utf-8"), *command[:-1], platform.platform(), _cpu()])
-    library = cache_folder() / "native" / f"int8-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(library) + ".lock"):
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=library.parent) as work:
-                    made = Path(work) / library.name
-                    subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=120)
-                    os.replace(made, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        _warn(f"{compiler} makes no library of {source.name} ({said[0][:200] if said else 'no reason given'})")
-        return None
-
-
-def _warn(why: str) -> None:
-    print(f"precision.int8=dynamic: {why}, so what surrounds the matmuls takes several passes and int8 saves little", file=sys.stderr)
-
-
-def _cpu() -> str:
-    """What this CPU can, in the kernel's words; its name where there are none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

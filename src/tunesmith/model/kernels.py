@@ -17,6 +17,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from tunesmith.model import native
+
 aten = torch.ops.aten
 Kept = Sequence[torch.Tensor]
 """What a kernel's backward wants besides: the random state of a dropout, also where there is none."""
@@ -70,9 +72,12 @@ def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
     for head, part in _pieces(rows, k.shape[2]):
         scores = torch.mm(rows[head, part] * factor, k[0, head].t())
-        shares = scores.softmax(dim=-1)
-        # The largest share is exp(the largest score - the sum's logarithm).
-        sums[head, part] = scores.amax(dim=-1) - shares.amax(dim=-1).log()
+        if native.takes(scores):
+            shares, sums[head, part] = scores, native.softmaxed(scores)
+        else:
+            shares = scores.softmax(dim=-1)
+            # The largest share is exp(the largest score - the sum's logarithm).
+            sums[head, part] = scores.amax(dim=-1) - shares.amax(dim=-1).log()
         out[head, part] = torch.mm(shares, v[0, head])
     return out.view(q.shape), sums.view(q.shape[:3])
 
@@ -96,10 +101,14 @@ def _back_over_context(
     of_k, of_v = (torch.zeros_like(k), torch.zeros_like(v)) if wants_keys else (None, None)
     for head, part in _pieces(rows, k.shape[2]):
         scaled = rows[head, part] * factor
-        shares = torch.mm(scaled, k[0, head].t()).sub_(sums[head, part, None]).exp_()
+        shares, of_scores = torch.mm(scaled, k[0, head].t()), torch.mm(of_out[head, part], v[0, head].t())
+        if native.takes(shares):
+            native.softmaxed_back(shares, of_scores, sums[head, part], drift[head, part])
+        else:
+            shares.sub_(sums[head, part, None]).exp_()
+            of_scores.sub_(drift[head, part, None]).mul_(shares)
         if of_v is not None:
             of_v[0, head] += torch.mm(shares.t(), of_out[head, part])
-        of_scores = torch.mm(of_out[head, part], v[0, head].t()).sub_(drift[head, part, None]).mul_(shares)
         if of_k is not None:
             of_k[0, head] += torch.mm(of_scores.t(), scaled)
         of_q[head, part] = torch.mm(of_scores, k[0, head])

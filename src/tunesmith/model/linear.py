@@ -1,13 +1,18 @@
-"""A frozen linear layer and its LoRA adapter as one operator: y = x W^T + b + s (x A^T) B^T.
+"""Frozen linear layers and their LoRA adapters as one operator: y = x W^T + b + s (x A^T) B^T.
 
 PEFT computes it as four (arXiv 2106.09685): base, A, B and scale, each of which writes a tensor as wide as the layer and reads it again.
 Here the adapter is added by the matmul that makes it, forward and backward, and what is kept for backward are x A^T, of r numbers
 a token, and x, unless that can be computed again from what is kept anyway (between.py). Where anything is not as in `can_be_joined`,
 PEFT's own forward runs.
+
+Layers that read the same x (queries, keys and values; an MLP's gate and up) are computed together: x A^T and the gradients of all A are
+one matmul each, x is quantised or computed again once, and the gradients to x are added up by the matmuls that make them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
 
@@ -18,77 +23,112 @@ from torch.autograd.function import once_differentiable
 from tunesmith.model import int8
 from tunesmith.model.between import Again, again, keep_inputs_alone
 
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""transformers' names of layers that a module calls with the same input, one after the other."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen linear layer and its adapter."""
+
+    base: Any
+    """nn.Linear or Int8Linear: W [outputs, inputs] and perhaps a bias."""
+    a: torch.Tensor
+    """[r, inputs]."""
+    b: torch.Tensor
+    """[outputs, r]."""
+    scale: float
+
 
 class _Joined(torch.autograd.Function):
-    """Keeps what backward needs, and gives y still unwritten and x A^T: see `joined`."""
+    """Keeps what backward needs, and gives each y still unwritten and x A^T of all adapters: see `joined`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor | None,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
-        made: Again,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        inner = x.flatten(0, -2) @ a.to(x.dtype).t()
-        shape = (*x.shape[:-1], len(weight))
-        y = torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)  # one number long: the product takes its place
-        ctx.save_for_backward(inner, weight, scales, a, b, *made.tensors)
-        ctx.scale, ctx.remake, ctx.like_x = scale, made.function, (x.shape, x.dtype, x.device.type)
+        ctx: Any, x: torch.Tensor, frozen: tuple[torch.Tensor, ...], scales: tuple[float, ...], made: Again, *pairs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        a, b = pairs[::2], pairs[1::2]
+        inner = x.flatten(0, -2) @ _stacked(a, x.dtype).t()
+        # One number long: the products take their place.
+        shapes = [(*x.shape[:-1], len(each)) for each in b]
+        ys = [torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device) for shape in shapes]
+        ctx.save_for_backward(inner, *pairs, *frozen, *made.tensors)
+        ctx.settings = scales, len(frozen), made.function, (x.shape, x.dtype, x.device.type)
         ctx.mark_non_differentiable(inner)
-        return y, inner
+        return *ys, inner
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inner, weight, scales, a, b, *made_from = ctx.saved_tensors
-        shape, dtype, device = ctx.like_x
-        wants_x, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-        of_y = of_outputs[0].flatten(0, -2)
+        scales, of_frozen, remake, (shape, dtype, device) = ctx.settings
+        inner, *kept = ctx.saved_tensors
+        pairs, frozen, made_from = kept[: 2 * len(scales)], kept[2 * len(scales) :][:of_frozen], kept[2 * len(scales) + of_frozen :]
+        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        all_a, ranks = pairs[::2], [len(a) for a in pairs[::2]]
+        of_y = [of.flatten(0, -2) for of in of_outputs[: len(scales)]]
+        of_pairs: list[torch.Tensor | None] = [None] * len(pairs)
         with torch.autocast(device, enabled=False):
-            of_inner = (of_y @ b.to(dtype)).mul_(ctx.scale)
-            of_b = torch.mm(of_y.t(), inner).mul_(ctx.scale).to(b.dtype) if wants_b else None
-            of_a = torch.mm(of_inner.t(), ctx.remake(*made_from).flatten(0, -2)).to(a.dtype) if wants_a else None
+            of_inner = torch.empty_like(inner)
+            for place, of, scale, mine, of_mine in zip(
+                range(1, len(pairs), 2), of_y, scales, _columns(inner, ranks), _columns(of_inner, ranks), strict=True
+            ):
+                torch.mm(of, pairs[place].to(dtype), out=of_mine).mul_(scale)
+                if wants[place]:
+                    of_pairs[place] = torch.mm(of.t(), mine).mul_(scale).to(pairs[place].dtype)
+            if any(wants[::2]):
+                of_a = torch.mm(of_inner.t(), remake(*made_from).flatten(0, -2)).to(all_a[0].dtype)
+                of_pairs[::2] = [of if wanted else None for of, wanted in zip(torch.split(of_a, ranks), wants[::2], strict=True)]
             of_x: torch.Tensor | None = None
-            if wants_x:
-                of_x = torch.mm(of_y, weight) if scales is None else int8.multiply_back(of_y, weight, scales)
-                torch.addmm(of_x, of_inner, a.to(dtype), out=of_x)
-        return of_x if of_x is None else of_x.view(shape), None, None, of_a, of_b, None, None
+            if wants_x and frozen[0].dtype is torch.int8:
+                of_x = int8.multiply_back(of_y, *frozen)
+            elif wants_x:
+                of_x = torch.mm(of_y[0], frozen[0])
+                for of, weight in zip(of_y[1:], frozen[1:], strict=True):
+                    torch.addmm(of_x, of, weight, out=of_x)
+            if of_x is not None:
+                torch.addmm(of_x, of_inner, _stacked(all_a, dtype), out=of_x)
+        return of_x if of_x is None else of_x.view(shape), None, None, None, *of_pairs
+
+
+def _stacked(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The rows of all parts, in a type."""
+    return (parts[0] if len(parts) == 1 else torch.cat(tuple(parts))).to(dtype)
+
+
+def _columns(x: torch.Tensor, widths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """x [rows, all columns] cut into parts of these widths."""
+    return torch.split(x, list(widths), 1)
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def joined(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """x W^T + bias + scale (x A^T) B^T in x's type: x [..., inputs], W [outputs, inputs] frozen, A [r, inputs], B [outputs, r].
+def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
+    """x W^T + bias + scale (x A^T) B^T of each layer in x's type: x [..., inputs] gives [..., outputs].
 
-    W and bias have x's type, A and B any; with scales, W is that of an Int8Linear. The product is written after what backward needs has
+    All bases are of one kind; W and bias of an nn.Linear have x's type, A and B any. The products are written after what backward needs has
     been kept: a checkpoint that computes a layer again ends as soon as it has all of that, and so leaves the layer's last matmul out.
     """
+    is_int8 = isinstance(layers[0].base, int8.Int8Linear)
     with torch.autocast(x.device.type, enabled=False):
         made = again(x) or Again(_itself, (x,))
-        outputs = _Joined.apply(x, weight, scales, a, b, scale, made)  # type: ignore[no-untyped-call]
-        y, inner = cast("tuple[torch.Tensor, torch.Tensor]", outputs)
+        frozen = int8.end_to_end([one.base for one in layers]) if is_int8 else tuple(one.base.weight for one in layers)
+        pairs = [tensor for one in layers for tensor in (one.a, one.b)]
+        outputs = _Joined.apply(x, frozen, tuple(one.scale for one in layers), made, *pairs)  # type: ignore[no-untyped-call]
+        *ys, inner = cast("tuple[torch.Tensor, ...]", outputs)
         with torch.no_grad():
-            rows = x.flatten(0, -2)
-            if scales is not None:
-                product = int8.multiply(rows, weight, scales, bias)
+            rows, biases = x.flatten(0, -2), [one.base.bias for one in layers]
+            if is_int8:
+                products = int8.multiply(rows, frozen[0], frozen[1], biases, [len(one.b) for one in layers])
             else:
-                product = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-            y.data = torch.addmm(product, inner, b.to(x.dtype).t(), alpha=scale, out=product).view(y.shape)
-    return y
+                products = [
+                    torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+                    for weight, bias in zip(frozen, biases, strict=True)
+                ]
+            for one, y, product, mine in zip(layers, ys, products, _columns(inner, [len(one.a) for one in layers]), strict=True):
+                y.data = torch.addmm(product, mine, one.b.to(x.dtype).t(), alpha=one.scale, out=product).view(y.shape)
+    return ys
 
 
 def join_adapters(model: nn.Module) -> None:
@@ -102,22 +142,65 @@ def join_adapters(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer) is Linear:
             layer.forward = MethodType(_forward, layer)
+    for module in model.modules():
+        for names in READ_TOGETHER:
+            layers = [layer for name in names for layer in [getattr(module, name, None)] if type(layer) is Linear]
+            if len(layers) > 1:
+                Together(layers)
+
+
+class Together:
+    """Layers that are called one after the other with the same input: the first to be called computes all of them."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self._x: torch.Tensor | None = None
+        self._ready: dict[int, torch.Tensor] = {}
+        """By place among the layers, what is computed of them for that input and was not asked for yet."""
+        for place, layer in enumerate(layers):
+            layer.forward = MethodType(self._of(place), layer)
+
+    def _of(self, place: int) -> Any:
+        def forward(layer: Any, x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+            if self._x is x and place in self._ready and not args and not named:
+                found = self._ready.pop(place)
+                if not self._ready:
+                    self._x = None  # nobody else shall keep it
+                return found
+            self._x, self._ready = None, {}
+            if args or named or not all(map(can_be_joined, self.layers)):
+                return _forward(layer, x, *args, **named)
+            computed = as_joined(self.layers, x)
+            if computed is None:
+                return _forward(layer, x)
+            self._x, self._ready = x, dict(enumerate(computed))
+            return self._ready.pop(place)
+
+        return forward
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-    if args or named or not can_be_joined(layer):
-        return cast(torch.Tensor, type(layer).forward(layer, x, *args, **named))
-    (name,), base = layer.active_adapters, layer.base_layer
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if not args and not named and can_be_joined(layer) and (found := as_joined([layer], x)):
+        return found[0]
+    return cast(torch.Tensor, type(layer).forward(layer, x, *args, **named))
+
+
+def as_joined(layers: Sequence[Any], x: torch.Tensor) -> list[torch.Tensor] | None:
+    """What layers that can be joined give for x; None where types differ in a way that autocast and PEFT have to settle."""
     device = x.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    # What autocast or PEFT would cast, and to which type the result belongs, is theirs to say where types differ without autocast.
-    scales = base.scales if isinstance(base, int8.Int8Linear) else None
-    is_other = scales is None and base.weight.dtype is not compute
-    if is_other or (not torch.is_autocast_enabled(device) and not a.dtype is b.dtype is compute):
-        return cast(torch.Tensor, type(layer).forward(layer, x))
-    bias = base.bias if scales is None or base.bias is None else base.bias.to(compute)
-    return joined(x.to(compute), base.weight, bias, a, b, layer.scaling[name], scales)
+    autocast = torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else x.dtype
+    adapted = []
+    for layer in layers:
+        (name,), base = layer.active_adapters, layer.base_layer
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        is_int8 = isinstance(base, int8.Int8Linear)
+        if not (is_int8 or base.weight.dtype is compute) or not (autocast or a.dtype is b.dtype is compute):
+            return None
+        adapted.append(Adapted(base, a, b, layer.scaling[name]))
+    if len({type(one.base) for one in adapted}) > 1:
+        return None
+    return joined(x.to(compute), adapted)
 
 
 def can_be_joined(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.plan.shapes import Linear, ModelShape
@@ -80,36 +81,36 @@ class Linears(Tape):
         """x W^T in int8 (model/int8.py): nothing is kept; the product's integers are there beside it, and what is quantised."""
         x = self.cast(x, self.setting.compute) if self.setting.autocast else x
         bytes, rows, width = x.bytes, x.rows, x.width
-        y = self.integers(rows, width, outputs, bytes)
+        (y,) = self.integers(rows, width, (outputs,), bytes)
 
         def run(_: list[Block]) -> Gradients:
             self.heap.products += 1
-            return (self.integers(rows, outputs, width, bytes),)
+            return tuple(self.integers(rows, outputs, (width,), bytes))
 
         return self.apply((x,), rows, outputs, bytes, run, block=y)
 
-    def integers(self, rows: float, inputs: float, outputs: float, bytes: int) -> Block:
-        """The product of an int8 matmul, beside what is quantised; in fp32 it is written over the sums, else PyTorch makes it."""
-        turned = wide = None
-        if bytes != 4:
-            turned, wide = self.block(rows * inputs * bytes, "buffers"), self.block(3 * 4 * rows * inputs, "buffers")
+    def integers(self, rows: float, inputs: float, outputs: Sequence[float], bytes: int) -> list[Block]:
+        """The products of an int8 matmul, beside what is quantised; one alone in fp32 is written over the sums."""
+        halves, native = bytes < 4, self.setting.native
+        wide = self.block(4 * rows * inputs, "buffers") if halves or not native else None
+        turned = None if native else self.block(4 * rows * inputs, "buffers")  # beside it, what it is scaled by
         quantised = self.block(rows * (inputs + 4), "buffers")
-        del turned, wide
-        sums = self.block(4 * rows * outputs)
-        if bytes == 4:
-            return sums
-        scaled = self.block((4 + bytes) * rows * outputs, "buffers")
-        del scaled, quantised
-        narrow = self.block(rows * outputs * bytes, "buffers")
-        del narrow
-        return self.block(rows * outputs * bytes)
+        del wide, turned
+        sums = self.block(4 * rows * sum(outputs))
+        if native:
+            made = [sums] if len(outputs) == 1 else [self.block(4 * rows * width) for width in outputs]
+            return [self.block(bytes * rows * width) for width in outputs] if halves else made
+        scaled = self.block((4 + bytes * halves) * rows * sum(outputs), "buffers")
+        made = [self.block(bytes * rows * width) for width in outputs]
+        del scaled, sums, quantised
+        return made
 
     def linear(self, x: Value, linear: Linear, layer: int) -> Value:
         """A linear layer, with its adapter where it has one: y = Wx + s B(A(dropout(x)))."""
         setting, given = self.setting, x  # who calls a module holds its argument until it returns
         adapted, last = self.has_adapter(linear, layer), linear == self.shape.linears[-1]
         if adapted and setting.joined:
-            return self.joined(x, linear)
+            return self.joined(x, [linear])[0]
         self.stopped = self.again and last and not adapted
         in_int8 = setting.quantised == "dynamic"
         result = self.in_int8(x, linear[2]) if in_int8 else self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
@@ -126,25 +127,41 @@ class Linears(Tape):
         del given
         return result
 
-    def joined(self, x: Value, linear: Linear) -> Value:
-        """Base and adapter as one operator (model/linear.py): A(x) is kept, and x where it can't be had again; then comes the product."""
-        setting, (_, inputs, outputs) = self.setting, linear
+    def together(self, x: Value, linears: Sequence[Linear], layer: int) -> dict[Linear, Value]:
+        """What layers that read the same give where they are computed together; those that are not, are not in it."""
+        group = [linear for linear in linears if self.setting.joined and self.has_adapter(linear, layer)]
+        return dict(zip(group, self.joined(x, group), strict=True)) if len(group) > 1 else {}
+
+    def joined(self, x: Value, linears: Sequence[Linear]) -> list[Value]:
+        """Bases and adapters as one operator (model/linear.py): A(x) is kept, and x where it can't be had again; then come the products."""
+        setting, count = self.setting, len(linears)
+        inputs, outputs = linears[0][1], [linear[2] for linear in linears]
         x = self.cast(x, setting.compute if setting.autocast else setting.adapter)
-        bytes, rank, wanted, size = x.bytes, setting.rank, x.node is not None, x.size
-        casts, rows = bytes != setting.adapter, x.rows
+        bytes, ranks, wanted, size, rows = x.bytes, setting.rank * count, x.node is not None, x.size, x.rows
+        casts = bytes != setting.adapter
 
         def narrowed(numbers: float) -> Block | None:
             return self.block(numbers * bytes, "buffers") if casts else None
 
-        weight = narrowed(inputs * rank)
-        inner = self.block(x.rows * rank * bytes)
-        del weight
-        self.heap.products += 3
-        if self.again and linear == self.shape.linears[-1]:
-            self.heap.products -= 2
+        def stacked() -> tuple[Block | None, ...]:
+            """All A, one below the other, as the matmul reads them."""
+            whole = self.block(ranks * inputs * setting.adapter, "buffers") if count > 1 else None
+            narrow = narrowed(ranks * inputs)
+            return (narrow,) if narrow else (whole,)
+
+        weights = stacked()
+        inner = self.block(rows * ranks * bytes)
+        del weights
+        matmuls = 1 if setting.quantised else count
+        self.heap.products += 1 + matmuls + count
+        if self.again and linears[-1] == self.shape.linears[-1]:
+            self.heap.products -= matmuls + count
             self.stopped = True
-        y = self.integers(x.rows, inputs, outputs, bytes) if setting.quantised else self.block(x.rows * outputs * bytes)
-        weight = narrowed(outputs * rank)
+        if setting.quantised:
+            products = self.integers(rows, inputs, outputs, bytes)
+        else:
+            products = [self.block(rows * width * bytes) for width in outputs]
+        weight = narrowed(max(outputs) * setting.rank)
         del weight
 
         def grown(numbers: float) -> Block:
@@ -152,26 +169,43 @@ class Linears(Tape):
             return self.block(numbers * setting.adapter, "gradients") if casts and gradient else gradient
 
         kept, again = None if x.again else x.block, x.again
+        given: list[Block] = []
+        """The outputs' gradients, as they come."""
 
         def run(_: list[Block], saved: tuple[Block | None, Block] = (kept, inner)) -> Gradients:
-            self.heap.products += 3 + 2 * wanted
-            weight = narrowed(outputs * rank)
+            self.heap.products += 2 * count + 1 + (matmuls + 1) * wanted
             of_inner = self.block(saved[1].size)
-            del weight
-            of_weights = [grown(outputs * rank)]
+            of_weights = []
+            for width in outputs:
+                weight = narrowed(width * setting.rank)
+                del weight
+                of_weights.append(grown(width * setting.rank))
             made = again() if again else None
-            of_weights.append(grown(inputs * rank))
+            of_weights.append(grown(inputs * ranks))
             del made
             of_x: Block | None = None
             if wanted:
-                of_x = self.integers(rows, outputs, inputs, bytes) if setting.quantised else self.block(size)
-            weight = narrowed(inputs * rank) if wanted else None
-            del weight, of_inner
+                of_x = self.integers(rows, sum(outputs), (inputs,), bytes)[0] if setting.quantised else self.block(size)
+            weights = stacked() if wanted else ()
+            del weights, of_inner
+            given.clear()
             while of_weights:
                 self.keep(of_weights.pop())
             return (of_x,)
 
-        return self.apply((x,), x.rows, outputs, bytes, run, block=y, trained=True)
+        whole = self.apply((x,), rows, sum(outputs), bytes, run, block=self.block(0), trained=True)
+
+        def output(product: Block, width: int) -> Value:
+            def hand(gradient: list[Block]) -> Gradients:
+                given.extend(gradient)
+                gradient.clear()
+                return (None,)
+
+            return self.apply((whole,), rows, width, bytes, hand, block=product)
+
+        values = [output(product, width) for product, width in zip(products, outputs, strict=True)]
+        self.heap.blocks -= 1  # the node of all is no operator of its own
+        return values
 
     def directed(self, x: Value, result: Value, linear: Linear) -> Value:
         """DoRA: (m - 1) Wx + m s B(A(x)), m the trained length of each row over that of the row in W + s B A."""

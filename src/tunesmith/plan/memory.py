@@ -138,6 +138,7 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         last_layer=shape.adapted_layers(method)[-1],
         dora=method.dora and lora,
         joined=joins_adapters(method, gathers_by_hooks(config.engine), in_int8),
+        native=cpu,
         again=not full,
         whole_logits=config.precision.compute is Compute.fp16 and "lm_head" in shape.trained_ends(method),
         prefix=method.virtual_tokens if method.kind is MethodKind.prefix else 0,

@@ -28,7 +28,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tunesmith.plan.linears import Linears
+from tunesmith.plan.elementwise import Elementwise
 from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
@@ -61,6 +61,9 @@ class Setting:
     dora: bool = False
     joined: bool = False
     """Base and adapter are one operator (model/linear.py)."""
+    native: bool = False
+    """In fp32 norms and gates that keep their inputs alone, and rotary embedding, are one pass each; those around an int8 matmul always
+    (model/native.py)."""
     again: bool = False
     """Norms and gates keep their inputs alone, and what they give is computed again (model/between.py)."""
     whole_logits: bool = False
@@ -87,7 +90,7 @@ class Setting:
     """All gradients exist before this backward, which adds to them."""
 
 
-class Step(Linears):
+class Step(Elementwise):
     """Forward and backward of one micro-batch of `tokens` tokens, of which `targets` have logits."""
 
     def __init__(self, heap: Heap, shape: ModelShape, setting: Setting, tokens: float, targets: float) -> None:
@@ -103,173 +106,6 @@ class Step(Linears):
             self.learned.clear()
 
     # --- operators -------------------------------------------------------------------------------------------------
-
-    def multiply(self, x: Value, y: Value) -> Value:
-        saved = (x.block if y.node else None, y.block if x.node else None)
-        sizes = [value.size if value.node else 0 for value in (x, y)]
-
-        def run(_: list[Block], saved: object = saved) -> Gradients:
-            return tuple(self.block(size) if size else None for size in sizes)
-
-        return self.apply((x, y), x.rows, x.width, x.bytes, run)
-
-    def chunked(self, x: Value) -> tuple[Value, Value]:
-        """Both halves of the width, without a copy; in backward their gradients are put side by side."""
-        size, half = x.size, x.width / 2
-        whole = self.apply((x,), x.rows, x.width, x.bytes, lambda given: (self.block(size),), block=x.block)
-        first, second = (Value(x.block, x.rows, half, x.bytes, whole.node) for _ in range(2))
-        return first, second
-
-    def silu(self, x: Value) -> Value:
-        saved, size = x.block, x.size
-        return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=saved: (self.block(size),))  # type: ignore[misc]  # holds it
-
-    def norm(self, x: Value, groups: int = 1) -> Value:
-        """RMSNorm over each of `groups` parts of the width, computed in fp32."""
-        setting, bytes = self.setting, x.bytes
-        if setting.again and bytes == setting.stored:
-            return self.norm_again(x, groups)
-        if setting.liger and setting.full:
-            return self.fused_norm(x, groups)
-        x = self.cast(x, 4)
-        size = x.size
-        squares = self.block(size)
-        root = self.block(x.rows * groups * 4)
-        del squares
-
-        def run(given: list[Block], saved: object = (x.block, root)) -> Gradients:
-            through = self.block(size)
-            product = self.block(size)  # its sum over the width is the gradient of 1 / rms
-            given.clear()
-            del product
-            spread = self.block(size)  # the mean's, written out; below x^1, 2 x^1, and their product with it
-            temporaries = [self.block(size) for _ in range(3)]
-            del temporaries[:2], spread
-            return (self.block(size) if through else None,)
-
-        x = self.apply((x,), x.rows, x.width, 4, run)
-        x = self.cast(x, bytes)
-        saved, width, narrow = x.block if setting.full else None, x.width, x.size
-        out = max(bytes, setting.stored)
-        product = x.rows * width * out
-
-        def run_weight(_: list[Block], saved: object = saved) -> Gradients:
-            gradient = self.block(product)
-            if out != bytes:
-                gradient = self.block(narrow)
-            if setting.full:
-                summed = self.block(product)
-                del summed
-                self.keep(self.block(width / groups * setting.stored, "gradients"))
-            return (gradient,)
-
-        return self.apply((x,), x.rows, width, out, run_weight, trained=setting.full)
-
-    def in_place(self, size: float) -> None:
-        """An operator that writes over what is there."""
-        if not self.stopped:
-            self.heap.written += size
-            self.heap.blocks += 1
-
-    def fused_norm(self, x: Value, groups: int) -> Value:
-        """The same as one operator."""
-        root, size, width, setting = self.block(x.rows * groups * 4), x.size, x.width, self.setting
-
-        def run(given: list[Block], saved: object = (x.block, root)) -> Gradients:
-            self.in_place(size)
-            if setting.full:
-                self.keep(self.block(width / groups * setting.stored, "gradients"))
-            return (given[0],)
-
-        return self.apply((x,), x.rows, x.width, x.bytes, run, trained=setting.full)
-
-    def swiglu(self, gate: Value, up: Value) -> Value:
-        """silu(gate) up as one operator, whose gradients take the place of both."""
-        saved, size = (gate.block, up.block), gate.size
-
-        def run(_: list[Block], saved: tuple[Block, Block] = saved) -> Gradients:
-            self.in_place(2 * size)
-            return saved
-
-        return self.apply((gate, up), gate.rows, gate.width, gate.bytes, run)
-
-    def norm_again(self, x: Value, groups: int) -> Value:
-        """RMSNorm as one operator, which keeps x and 1 / rms."""
-        size, numbers, halves = x.size, x.rows * x.width, x.bytes < 4
-
-        wide = self.block(4 * numbers if halves else 0)
-        squares = self.block(4 * numbers)
-        del wide
-        root = self.block(x.rows * groups * 4)
-        del squares
-
-        def made(_: object = (x.block, root)) -> Block:  # who keeps this, keeps those
-            whole = self.block(4 * numbers)
-            return self.block(size) if halves else whole
-
-        def run(_: list[Block], saved: object = (x.block, root)) -> Gradients:
-            of_n = self.block(size)
-            if halves:
-                of_n = self.block(4 * numbers)
-            n, product = self.block(4 * numbers), self.block(4 * numbers)
-            del product
-            gradient = self.block(size) if halves else of_n
-            del n
-            return (gradient,)
-
-        y = self.apply((x,), x.rows, x.width, x.bytes, run, block=made())
-        y.again = made
-        return y
-
-    def gated(self, gate: Value, up: Value) -> Value:
-        """silu(gate) * up: two operators, or one that keeps both."""
-        if not self.setting.again or gate.bytes != up.bytes:
-            return self.multiply(self.silu(gate), up)
-        size = gate.size
-
-        def made(_: object = (gate.block, up.block)) -> Block:
-            return self.block(size)
-
-        def run(_: list[Block], saved: object = (gate.block, up.block)) -> Gradients:
-            of_up, product = self.block(size), self.block(size)
-            return (self.block(size) if product else None, of_up)
-
-        y = self.apply((gate, up), gate.rows, gate.width, gate.bytes, run)
-        y.again = made
-        return y
-
-    def rotated(self, x: Value) -> Value:
-        """Rotary embedding: x cos + rotate_half(x) sin."""
-        if self.setting.liger:
-            self.in_place(x.size)
-            rotated_back = x.size
-
-            def run_in_place(given: list[Block], saved: Block = self.angles) -> Gradients:
-                self.in_place(rotated_back)
-                return (given[0],)
-
-            return self.apply((x,), x.rows, x.width, x.bytes, run_in_place, block=x.block)
-        bytes = max(x.bytes, self.angle_bytes)
-        full, given = x.rows * x.width * bytes, x.size
-        cosine = self.block(full)
-        half = self.block(given / 2)
-        turned = self.block(given)
-        del half
-        sine = self.block(full)
-        del turned
-
-        def run(_: list[Block], saved: Block = self.angles) -> Gradients:
-            of_sine = self.block(given)
-            half = self.block(given / 2)
-            first, second = self.block(given), self.block(given)  # each half's gradient in a tensor of zeros
-            both = self.block(given)
-            del of_sine, half, first, second
-            of_cosine = self.block(given)
-            return (self.block(given) if both and of_cosine else None,)
-
-        out = self.apply((x,), x.rows, x.width, bytes, run)
-        del cosine, sine
-        return out
 
     def attend(self, q: Value, k: Value, v: Value) -> Value:
         """Fused attention, which keeps no scores."""
@@ -350,10 +186,12 @@ class Step(Linears):
     def attention(self, hidden_states: Value, layer: int) -> Value:
         shape = self.shape
         q_proj, k_proj, v_proj = shape.blocks[0]
-        query_states, key_states = self.linear(hidden_states, q_proj, layer), self.linear(hidden_states, k_proj, layer)
+        ready = self.together(hidden_states, shape.blocks[0], layer)
+        query_states, key_states = (ready.get(one) or self.linear(hidden_states, one, layer) for one in (q_proj, k_proj))
         if shape.qk_norm:
             query_states, key_states = self.norm(query_states, shape.heads), self.norm(key_states, shape.kv_heads)
-        value_states = self.linear(hidden_states, v_proj, layer)
+        value_states = ready.get(v_proj) or self.linear(hidden_states, v_proj, layer)
+        ready.clear()
         query_states, key_states = self.rotated(query_states), self.rotated(key_states)
         attn_output = self.attend(query_states, key_states, value_states)
         if shape.fused:  # half of each head is rotated and the head put together again, heads first
@@ -363,10 +201,12 @@ class Step(Linears):
     def mlp(self, x: Value, layer: int) -> Value:
         _, _, ups, (down,) = self.shape.blocks
         if len(ups) == 2:
-            gate, up = ups
-            if self.setting.liger and self.setting.full:
-                return self.linear(self.swiglu(self.linear(x, gate, layer), self.linear(x, up, layer)), down, layer)
-            return self.linear(self.gated(self.linear(x, gate, layer), self.linear(x, up, layer)), down, layer)
+            ready = self.together(x, ups, layer)
+            gate, up = (ready.get(one) or self.linear(x, one, layer) for one in ups)
+            ready.clear()
+            gated = self.swiglu(gate, up) if self.setting.liger and self.setting.full else self.gated(gate, up)
+            del gate, up
+            return self.linear(gated, down, layer)
         up_states = self.linear(x, ups[0], layer)
         if self.shape.fused:
             first, second = self.chunked(up_states)

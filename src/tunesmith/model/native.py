@@ -1,0 +1,209 @@
+"""What stands between matmuls, in C++ on a CPU in fp32: passes over rows, each of which reads and writes a tensor once (native.cpp).
+
+PyTorch has several operators for each of them, and each of those goes through memory. The library is compiled for this very CPU when it is
+first used, in a third of a second, into the cache; where there is no compiler, a line says so and PyTorch's operators do the same.
+Every tensor here is fp32, on a CPU and contiguous, unless it is said otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from tunesmith.hardware import cache_folder
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether there are passes for this device."""
+    return device.type == "cpu" and library() is not None
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether there are passes over a tensor of this type and device."""
+    return x.dtype is torch.float32 and is_here(x.device)
+
+
+def quantised(parts: Sequence[torch.Tensor], blocks: Sequence[int], by: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 q [rows, all columns] and fp32 t [rows], such that q * t is about by times the parts side by side, each rotated by its block.
+
+    parts: [rows, columns], rows may lie apart; by [all columns], None: 1.
+    """
+    parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
+    rows, width = len(parts[0]), sum(x.shape[1] for x in parts)
+    q, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    _call("quantise", len(parts), _places(parts), _whole([x.stride(0) for x in parts]), *_rotations(parts, blocks), by, q, scales, rows)
+    return q, scales
+
+
+def dequantised(
+    sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor | None, biases: Sequence[torch.Tensor | None], widths: Sequence[int],
+    blocks: Sequence[int],
+) -> list[torch.Tensor]:  # fmt: skip
+    """rotated(sums * rows * columns) + bias, [rows, width] of each width: sums int32 [rows, all columns]; columns None: 1, a bias None: 0.
+
+    Where there is one part, it takes the memory of sums.
+    """
+    made = [sums.view(torch.float32)] if len(widths) == 1 else [torch.empty(len(sums), width) for width in widths]
+    _call(
+        "dequantise", len(made), sums, rows, columns, _places(biases), _places(made), *_rotations(made, blocks), len(sums)
+    )  # fmt: skip
+    return made
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight x / rms(x), and 1 / rms(x) [..., 1]."""
+    y, root = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    _call("norm", x, weight, y, root, root.numel(), x.shape[-1], ctypes.c_float(eps))
+    return y, root
+
+
+def normed_again(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight x / rms(x) from what `normed` has given."""
+    y = torch.empty_like(x)
+    _call("norm_again", x, weight, y, root, root.numel(), x.shape[-1])
+    return y
+
+
+def normed_back(of_y: torch.Tensor, x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient to x of weight x / rms(x)."""
+    of_x = torch.empty_like(x)
+    _call("norm_back", of_y.contiguous(), x, weight, root, of_x, root.numel(), x.shape[-1])
+    return of_x
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, both contiguous or halves of one tensor's rows."""
+    y = torch.empty(gate.shape)
+    gate, up, step = _side_by_side(gate, up)
+    _call("gated", ctypes.c_void_p(gate.data_ptr()), ctypes.c_void_p(up.data_ptr()), step, y, y.numel() // y.shape[-1], y.shape[-1])
+    return y
+
+
+def gated_back(of_y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients to gate and up of silu(gate) * up."""
+    of_gate, of_up = torch.empty(gate.shape), torch.empty(gate.shape)
+    gate, up, step = _side_by_side(gate, up)
+    places = ctypes.c_void_p(gate.data_ptr()), ctypes.c_void_p(up.data_ptr())
+    _call("gated_back", of_y.contiguous(), *places, step, of_gate, of_up, of_y.numel() // of_y.shape[-1], of_y.shape[-1])
+    return of_gate, of_up
+
+
+def _side_by_side(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Both with rows that lie a step apart, and the step."""
+    rows = [x.flatten(0, -2) for x in (gate, up)]  # a copy where it can be no view
+    if rows[0].stride() == rows[1].stride() and rows[0].stride(1) == 1:
+        return rows[0], rows[1], rows[0].stride(0)
+    return gate.contiguous(), up.contiguous(), gate.shape[-1]
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """Rotary embedding of x [..., tokens, heads, d] with halves side by side, by cos and sin [..., tokens, d]; back: of its gradient."""
+    y = torch.empty_like(x)
+    heads, width = x.shape[-2:]
+    _call("turned", x, cos, sin, y, cos.numel() // width, heads, width, int(back))
+    return y
+
+
+def softmaxed(scores: torch.Tensor) -> torch.Tensor:
+    """Scores [queries, keys] become their softmax, in place; the logarithms of its sums, [queries]."""
+    sums = scores.new_empty(len(scores))
+    _call("softmax", scores, sums, *scores.shape)
+    return sums
+
+
+def softmaxed_back(scores: torch.Tensor, of_shares: torch.Tensor, sums: torch.Tensor, drift: torch.Tensor) -> None:
+    """Scores become shares, by their log-sum-exps [queries], and the gradients to shares those to scores, both in place.
+
+    drift [queries]: over all that a query sees, the sum of share times gradient to it.
+    """
+    _call("softmax_back", scores, of_shares, sums, drift, *scores.shape)
+
+
+# --- calling ---------------------------------------------------------------------------------------------------------
+
+
+def _call(name: str, *given: object) -> None:
+    """A function of the library: tensors by their place (None: nowhere), whole numbers as such, the rest as it is."""
+    getattr(library(), name)(*(_argument(one) for one in given))
+
+
+def _argument(one: object) -> object:
+    if isinstance(one, torch.Tensor):
+        assert one.is_contiguous()
+        return ctypes.c_void_p(one.data_ptr())
+    if one is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_int64(one) if isinstance(one, int) else one
+
+
+def _places(tensors: Sequence[torch.Tensor | None]) -> object:
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def _whole(numbers: Sequence[int]) -> object:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _rotations(parts: Sequence[torch.Tensor], blocks: Sequence[int]) -> tuple[object, ...]:
+    """Columns, block and norm of each part."""
+    norms = (ctypes.c_float * len(blocks))(*(1 / math.sqrt(block) for block in blocks))
+    return _whole([x.shape[1] for x in parts]), _whole(blocks), norms
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """native.cpp for this CPU, compiled once into the cache; None, with a line, where that fails."""
+    source = Path(__file__).with_suffix(".cpp")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        _warn("no C++ compiler here")
+        return None
+    # By themselves compilers avoid the widest vectors, for which some CPUs slow their clock. psabi: none goes from one library to another.
+    wide = ["-mprefer-vector-width=512"] if "avx512f" in _cpu() else []
+    command = [compiler, "-O3", "-march=native", *wide, "-Wno-psabi", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
+    # A cache may be shared by machines with other CPUs.
+    made_from = "\n".join([source.read_text("utf-8"), *command[:-1], platform.platform(), _cpu()])
+    made = cache_folder() / "native" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(made) + ".lock"):
+            if not made.exists():
+                with tempfile.TemporaryDirectory(dir=made.parent) as work:
+                    draft = Path(work) / made.name
+                    subprocess.run([*command, "-o", str(draft)], check=True, capture_output=True, text=True, timeout=120)
+                    os.replace(draft, made)
+        return ctypes.CDLL(str(made))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        _warn(f"{compiler} makes no library of {source.name} ({said[0][:200] if said else 'no reason given'})")
+        return None
+
+
+def _warn(why: str) -> None:
+    told = "norms, gates and rotary embedding take several passes each, and precision.int8=dynamic saves little"
+    print(f"tunesmith: {why}: on this CPU {told}", file=sys.stderr)
+
+
+def _cpu() -> str:
+    """What this CPU can, in the kernel's words; its name where there are none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
