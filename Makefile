@@ -37,7 +37,7 @@ check: $(READY) ## lint and types
 plan: $(READY) ## say what an experiment would do, without starting it: make plan EXP=lora_cpu RANKS=2
 	python -m launcher +exp=$(EXP) --ranks $(RANKS) --dry
 
-bench: $(READY) ## measure beside TRL: training, then preparing data; about half an hour on 2 quiet cores (TRL gets an environment in build/)
+bench: $(READY) ## measure beside TRL: training, part by part, then preparing data; about an hour and a half on 2 quiet cores (TRL gets an environment in build/)
 	python -m bench.train
 	python -m bench.train --ablation --only short
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,bench]'

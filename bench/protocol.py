@@ -23,6 +23,8 @@ class Worker:
         self.held_out = held_out
         self.losses: list[float] = []
         """Of the updates so far, as far as the program tells them."""
+        self.facts: dict[str, Any] = {}
+        """What else the program has to say of itself in the end."""
         self.baseline = 0.0
         self._left, self._begun = 1, 0.0
 
@@ -46,7 +48,7 @@ class Worker:
                 self._left, self._begun = int(number), time.perf_counter()
                 return
             peak = memory_gib("VmHWM")  # before the held-out loss, which is not training
-            self._tell(held_out=self.held_out(), losses=self.losses, peak_gib=peak, over_gib=peak - self.baseline)
+            self._tell(held_out=self.held_out(), losses=self.losses, peak_gib=peak, over_gib=peak - self.baseline, **self.facts)
         os._exit(0)  # the comparison is over
 
     def _tell(self, **facts: Any) -> None:

@@ -2,7 +2,7 @@
 
     python -m bench.train                       three sets, tunesmith in fp32 and int8, and TRL in an environment of its own
     python -m bench.train --only short          one set; results are kept set by set in bench/results
-    python -m bench.train --ablation            tunesmith alone, with one thing changed in each row
+    python -m bench.train --ablation            tunesmith alone: each part of bench/ablation.py off, and a ladder of them, two rows by turns
     python -m bench.train --table               print what bench/results holds as Markdown
 
 Nothing is compared before both sides have shown that they train on the same token ids, the same targets and as many weights. Each side
@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import ablation
 from bench.protocol import MARK
 from bench.sets import SETS, Set, write
 
@@ -34,17 +35,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 ROWS: dict[str, list[str]] = {"tunesmith fp32": [], "tunesmith int8": ["method.base=int8", "precision.int8=dynamic"]}
 """tunesmith's rows and what each says more; a row that this version refuses is left out, and its refusal printed."""
-ABLATION: dict[str, list[str]] = {
-    "as it is": [],
-    "padded": ["data.batching=padded"],
-    "length_grouped": ["data.batching=length_grouped"],
-    "one a micro-batch": ["train.micro_batch=1"],
-    "recomputed": ["engine.checkpointing=true"],
-    "DeepSpeed, ZeRO 2": ["engine=deepspeed"],
-}
 PEER = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 THREADS, RATE = 2, 2e-4
 PEER_LIMIT_GIB = 14.0
+"""Memory that the peer's compared setting may take."""
+TRIED_LIMIT_GIB = 20.0
+"""Memory that a setting may take which is only tried: more than that, and it ends."""
+SAME = 0.005
+"""How far losses may lie apart that are of one computation."""
+LOOKED_AT = 3
+"""Updates whose losses are looked at: from the second on, the gradients are in them."""
 
 
 class Refused(Exception):
@@ -133,7 +133,7 @@ class Contest:
         train, dev = write(chosen, ROOT / "build" / "bench-data" / chosen.name)
         self.asked: dict[str, Any] = {
             "train": str(train), "dev": str(dev), "per_step": chosen.per_step, "steps": self.steps, "lr": RATE, "threads": THREADS,
-            "tokens": str(work / "ours.json"), "overrides": [],
+            "tokens": str(work / "ours.json"), "overrides": [], "without": [], "limit_gib": 0,
         }  # fmt: skip
         self._finish(Side([sys.executable, "-m", "bench.train_tunesmith"], self.asked))
         self.facts = json.loads((work / "ours.json").read_text())
@@ -145,8 +145,8 @@ class Contest:
         self._finish(Side([str(python), "bench/train_trl.py"], asked))
         same_tokens(self.facts, json.loads((work / "theirs.json").read_text()))
 
-    def ours(self, overrides: list[str]) -> Side:
-        return Side([sys.executable, "-m", "bench.train_tunesmith"], self.asked | {"overrides": overrides})
+    def ours(self, overrides: Sequence[str], without: Sequence[str] = ()) -> Side:
+        return Side([sys.executable, "-m", "bench.train_tunesmith"], self.asked | {"overrides": overrides, "without": without})
 
     def peer(self, python: Path, settings: dict[str, object]) -> Side:
         return Side([str(python), "bench/train_trl.py"], self._peers(settings))
@@ -164,12 +164,12 @@ class Contest:
                 raise
 
     def best_peer(self, python: Path) -> tuple[dict[str, object], list[dict[str, Any]]]:
-        """The peer's fastest settings within the memory allowed, by one window each, and all that were tried; the only ones untried."""
+        """The peer's fastest settings within PEER_LIMIT_GIB, by one window each, and all that were tried; the only ones untried."""
         if len(self.set.peer) == 1:
             return self.set.peer[0], []
         tried: list[dict[str, Any]] = []
         for settings in self.set.peer:
-            side = self.peer(python, settings)
+            side = self.peer(python, settings | {"limit_gib": TRIED_LIMIT_GIB})
             try:
                 side.hear()
                 rate = side.window(self.set.steps)
@@ -223,7 +223,7 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
     starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in (ROWS | SETS[name].more).items()}
     rows = measure(contest, starts | {"TRL": partial(contest.peer, python, best)}, windows)
     first = {row: facts["losses"][0] for row, facts in rows.items() if facts["losses"]}
-    if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > 0.005:
+    if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > SAME:
         raise Refused(f"the first update's loss is {first}: not the same computation")
     facts = contest.facts
     return {
@@ -233,10 +233,37 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
 
 
 def ablate(name: str, windows: int, work: Path) -> dict[str, Any]:
-    """One set, tunesmith with one thing changed in each row."""
+    """One set, tunesmith's rows of bench/ablation.py: each by turns with the one that it is compared with, no more than two at a time."""
     print(f"{name}, ablation", flush=True)
     contest = Contest(SETS[name], windows, work)
-    return {"rows": measure(contest, {row: partial(contest.ours, overrides) for row, overrides in ABLATION.items()}, windows)}
+    rows, found = ablation.rows(), dict[str, dict[str, Any]]()
+    for title, row in rows.items():
+        if row.beside is None:
+            continue
+        print(f"  {title}, beside {row.beside}", flush=True)
+        starts: dict[str, Callable[[], Side]] = {}
+        for one in (row.beside, title):
+            starts[one] = partial(contest.ours, rows[one].settings, rows[one].without)
+        shown = measure(contest, starts, windows)
+        if len(shown) < 2:
+            continue  # what was left out has been printed
+        other, own = shown.values()
+        found.setdefault(row.beside, other | {"kind": rows[row.beside].kind})
+        same_losses({one: facts["losses"] for one, facts in ([*found.items(), (title, own)]) if rows[one].same_losses})
+        slow, fast = (other, own) if row.kind == "ladder" else (own, other)
+        gains = [one / before for before, one in zip(slow["windows"], fast["windows"], strict=True)]
+        found[title] = own | {"kind": row.kind, "beside": row.beside, "gain": median(gains), "gains": gains}
+        print(f"  {title}: {said_gain(found[title])}", flush=True)
+    return {"rows": {title: found[title] for title in rows if title in found}}
+
+
+def same_losses(found: dict[str, list[float]]) -> None:
+    """Raise Refused unless these rows' first losses are the same: another loss is another computation, whose speed says nothing."""
+    (first, wanted), *others = found.items()
+    for title, losses in others:
+        for number, (one, other) in enumerate(zip(wanted[:LOOKED_AT], losses[:LOOKED_AT], strict=False), 1):
+            if not abs(other / one - 1) <= SAME:
+                raise Refused(f"{title}: update {number} has a loss of {other}, and {one} with {first!r}: not the same computation")
 
 
 def machine() -> dict[str, str]:
@@ -261,41 +288,71 @@ def machine() -> dict[str, str]:
 
 def table() -> str:
     """All results as Markdown, as printed in docs/benchmarks.md."""
+    kinds = {"train": compared, "ablation": ablated}
+    paths = {RESULTS / f"{kind}-{name}.json": lines_of for kind, lines_of in kinds.items() for name in SETS}
     lines: list[str] = []
-    for path in (RESULTS / f"{kind}-{name}.json" for kind in ("train", "ablation") for name in SETS):
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text())
-        rows, facts = found["rows"], found["machine"]
-        base = "TRL" if "TRL" in rows else "as it is"
-        head = f"**{path.stem}**: {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}, "
-        head += facts["date"]
-        if "peer" in found:
-            head += f"; {found['median_tokens']} tokens a conversation (median), common beginnings save {found['shared']:.0%}, "
-            head += f"{found['conversations_per_step']} conversations an update, {found['updates']} updates; "
-            head += f"TRL {facts['trl']} with {said_of(found['peer'])}"
-        lines += [head]
-        lines += [
-            "",
-            f"| | conversations/s | target tokens/s | over {base} | windows | peak GiB (over imports) | first step s | held-out loss |",
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for name, row in rows.items():
-            spread = f"{min(row['windows']):.3g} to {max(row['windows']):.3g}"
-            lines.append(
-                f"| {name} | {row['conversations_per_s']:.3g} | {row['target_tokens_per_s']:.3g} "
-                f"| {row['conversations_per_s'] / rows[base]['conversations_per_s']:.2f} | {spread} "
-                f"| {row['peak_gib']:.2f} ({row['over_gib']:.2f}) | {row['first_step_s']:.1f} | {row['held_out']:.4f} |"
-            )
-        if found.get("tried"):
-            tried = [
-                f"{said_of(one)}: {one['conversations_per_s']:.3g}/s, {one['peak_gib']:.1f} GiB"
-                for one in found["tried"]
-                if "peak_gib" in one
-            ]
-            lines += ["", f"Tried for TRL: {'; '.join(tried)}."]
-        lines += [""]
+    for path, lines_of in paths.items():
+        if path.exists():
+            found = json.loads(path.read_text())
+            facts = found["machine"]
+            head = f"**{path.stem}**: {facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}, "
+            lines += lines_of(head + facts["date"], found)
     return "\n".join(lines)
+
+
+def compared(head: str, found: dict[str, Any]) -> list[str]:
+    """A set beside the peer."""
+    rows = found["rows"]
+    base = "TRL" if "TRL" in rows else next(iter(rows))
+    head += f"; {found['median_tokens']} tokens a conversation (median), common beginnings save {found['shared']:.0%}, "
+    head += f"{found['conversations_per_step']} conversations an update, {found['updates']} updates; "
+    lines = [head + f"TRL {found['machine']['trl']} with {said_of(found['peer'])}", ""]
+    lines += [f"| | conversations/s | target tokens/s | over {base} | windows | peak GiB (over imports) | first step s | held-out loss |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        spread = f"{min(row['windows']):.3g} to {max(row['windows']):.3g}"
+        lines.append(
+            f"| {name} | {row['conversations_per_s']:.3g} | {row['target_tokens_per_s']:.3g} "
+            f"| {row['conversations_per_s'] / rows[base]['conversations_per_s']:.2f} | {spread} "
+            f"| {row['peak_gib']:.2f} ({row['over_gib']:.2f}) | {row['first_step_s']:.1f} | {row['held_out']:.4f} |"
+        )
+    if tried := found.get("tried"):
+        said = [
+            f"{said_of(one)}: " + (f"{one['conversations_per_s']:.3g}/s, {one['peak_gib']:.1f} GiB" if "peak_gib" in one else "failed")
+            for one in tried
+        ]
+        lines += ["", f"Tried for TRL: {'; '.join(said)}."]
+    return [*lines, ""]
+
+
+def ablated(head: str, found: dict[str, Any]) -> list[str]:
+    """A set with each part off, and the ladder."""
+    rows = found["rows"]
+    lines = [head, "", f"Without one part, beside `{ablation.AS_IT_IS}`; gain: what it is faster by than the row.", ""]
+    lines += ["| | what it is then | conversations/s | gain | micro-batch | peak GiB (over imports) |", "|---|---|---|---|---|---|"]
+    settings = {name: f"`{' '.join(row.settings)}`" for name, row in ablation.rows().items() if row.kind == "settings"}
+    parts = {f"without {name}": part.says for name, part in ablation.PARTS.items()}
+    for name, row in rows.items():
+        if row["kind"] != "ladder":
+            lines.append(f"| {name} | {(settings | parts).get(name, '')} | {said_facts(row, said_gain(row))} |")
+    lines += ["", "One part after the other; gain: over the row before; together: over the first.", ""]
+    lines += ["| | conversations/s | gain | together | micro-batch | peak GiB (over imports) |", "|---|---|---|---|---|---|"]
+    together = 1.0
+    for name, row in rows.items():
+        if row["kind"] == "ladder":
+            together *= row.get("gain", 1.0)
+            lines.append(f"| {name} | {said_facts(row, f'{said_gain(row)} | {together:.2f}')} |")
+    return [*lines, ""]
+
+
+def said_facts(row: dict[str, Any], gain: str) -> str:
+    """The columns that both tables of an ablation have, with what stands between them."""
+    return f"{row['conversations_per_s']:.3g} | {gain} | {row['micro_batch']} | {row['peak_gib']:.2f} ({row['over_gib']:.2f})"
+
+
+def said_gain(row: dict[str, Any]) -> str:
+    """The median of the windows' ratios, each of two windows that were taken one after the other, and how far they lie apart."""
+    return f"{row['gain']:.2f} ({min(row['gains']):.2f} to {max(row['gains']):.2f})" if "gain" in row else ""
 
 
 def said_of(settings: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import sys
 import tempfile
 import warnings
@@ -50,6 +51,8 @@ class Windows(TrainerCallback):
 
 def main(asked: dict) -> None:
     torch.set_num_threads(asked["threads"])
+    if limit := int(asked["limit_gib"] * 2**30):  # a setting that is only tried: it fails alone, before the machine has no memory left
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     def held_out() -> float:
         """Over target tokens, not over batches as Trainer.evaluate has it."""

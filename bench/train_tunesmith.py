@@ -1,4 +1,7 @@
-"""tunesmith under the comparison of bench/train.py: the rooms that train.py goes through, and its own train loop."""
+"""tunesmith under the comparison of bench/train.py: the rooms that train.py goes through, and its own train loop.
+
+asked["without"] names parts of bench/ablation.py that are switched off first.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.ablation import BEFORE_TORCH, PARTS, switch_off
 from tunesmith.compose import COMPOSITION_ERRORS, compose, explain
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
@@ -29,7 +33,8 @@ def settings(asked: dict[str, Any]) -> Config:
 
 
 def main(asked: dict[str, Any]) -> None:
-    config, machine = settings(asked), this_machine()
+    config, machine, without = settings(asked), this_machine(), set(asked["without"])
+    switch_off(without & BEFORE_TORCH)
     prepare_environment(on_cpu=True)
     from bench.protocol import Worker
     from tunesmith import checkpoint, data, engine, loop, metrics, model
@@ -37,6 +42,7 @@ def main(asked: dict[str, Any]) -> None:
     base = model.model_folder(config.model)
     worker = Worker(lambda: loop.held_out(built, parts.dev)["dev/loss"])
     worker.imported()
+    switch_off(name for name in PARTS if name in without - BEFORE_TORCH)
     dataset = data.load(config, model.load_tokenizer(base))
     plan = make_plan(
         config,
@@ -48,6 +54,7 @@ def main(asked: dict[str, Any]) -> None:
         common_tokens=dataset.common_tokens,
         model_folder=base,
     )
+    worker.facts["micro_batch"] = plan.micro_batch
     if asked["tokens"]:
         batches = loop.batches_of(config, plan, dataset)
         order = [number for step in range(plan.steps) for number in batches.conversations(step)]
