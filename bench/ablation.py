@@ -123,6 +123,18 @@ def _transformers_own() -> list[Replacement]:
     return [(linear, "keep_inputs_alone", lambda built: None)]
 
 
+def _each_by_itself() -> list[Replacement]:
+    from tunesmith.model import linear
+
+    return [(linear, "READ_TOGETHER", ())]
+
+
+def _pytorchs_operators() -> list[Replacement]:
+    from tunesmith.model import native
+
+    return [(native, "library", lambda: None)]
+
+
 def _given_back() -> list[Replacement]:
     from tunesmith import hardware
 
@@ -144,7 +156,8 @@ PARTS: dict[str, Part] = {
     "loss in pieces": Part("all logits at once, and torch's cross-entropy", _whole_logits),
     "joined": Part("PEFT's own LoRA layer: four operators", _pefts_own),
     "kept inputs": Part("transformers' norms and gates, which keep what they give", _transformers_own),
-    # Here is room for: layers that read the same input computed together, and native passes.
+    "together": Part("queries, keys and values, and gate and up, each by themselves", _each_by_itself),
+    "passes": Part("norms, gates and rotary embedding by PyTorch's operators", _pytorchs_operators),
     "memory kept": Part("glibc gives large blocks back to the system", _given_back),
     "oneDNN": Part("fp32 matmuls by torch's own choice, MKL", _torchs_own),
     INT8: Part("fp32", settings=("method.base=int8", "precision.int8=dynamic")),
