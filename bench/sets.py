@@ -47,7 +47,10 @@ SETS = {
     one.name: one
     for one in (
         Set("short", 8, 2, 32, ({"micro_batch": 8, **PADDED}, {"micro_batch": 4, **PADDED}, {"micro_batch": 8, **FREE})),
-        Set("medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE})),
+        Set(
+            "medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE}),
+            {"tunesmith fp32, 2 in a micro-batch": ["train.micro_batch=2"]},
+        ),
         Set(
             "long", 16, 1, 8, ({"micro_batch": 1, **PADDED}, {"micro_batch": 4, **PADDED}),
             {"tunesmith fp32, nothing shared": ["data.batching=length_grouped"]},

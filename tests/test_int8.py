@@ -126,6 +126,33 @@ def test_what_is_not_a_number_comes_out() -> None:
     assert not finite[3] and not finite[7] and finite.sum() == 18
 
 
+def test_layers_end_to_end_are_moved_once_and_give_what_each_gives_alone() -> None:
+    torch.manual_seed(0)
+    alone = [made(nn.Linear(48, outputs, bias=False)) for outputs in (64, 16, 20)]
+    together = copy.deepcopy(alone)
+    weight, scales = int8.end_to_end(together)
+    assert weight.shape == (100, 48) and scales.shape == (100,)
+    assert int8.end_to_end(together)[0].data_ptr() == weight.data_ptr() == together[0].weight.data_ptr(), "the second time nothing moves"
+    x, of_y = torch.randn(9, 48), [torch.randn(9, layer.out_features) for layer in alone]
+    for y, layer in zip(int8.multiply(x, weight, scales, [None] * 3, [64, 16, 20]), alone, strict=True):
+        assert torch.equal(y, layer(x))
+    found = int8.multiply_back(of_y, weight, scales)
+    wanted = sum(int8.multiply_back([of], layer.weight, layer.scales) for of, layer in zip(of_y, alone, strict=True))
+    assert isinstance(wanted, torch.Tensor)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02, "one scale for a row of all"
+    for layer in together:  # as a move to another device would
+        layer.weight.data = layer.weight.data.clone()
+    assert torch.equal(int8.end_to_end(together)[0], weight)
+
+
+def test_strangers_side_by_side_are_not_taken_for_one() -> None:
+    """A card's allocator can put two tensors next to each other."""
+    memory = bytearray(64)
+    one, other = (torch.frombuffer(memory, dtype=torch.int8, count=32, offset=offset) for offset in (0, 32))
+    assert one.data_ptr() + one.nbytes == other.data_ptr()
+    assert one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() and not int8._adjoin(one, other)
+
+
 def adapted() -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 40))

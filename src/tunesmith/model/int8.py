@@ -114,12 +114,18 @@ def end_to_end(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor
     """
     if len(layers) > 1:
         for tensors in ([layer.weight for layer in layers], [layer.scales for layer in layers]):
-            if any(one.data_ptr() + one.nbytes != other.data_ptr() for one, other in pairwise(tensors)):
+            if not all(_adjoin(one, other) for one, other in pairwise(tensors)):
                 whole = torch.cat([tensor.data for tensor in tensors])
                 for tensor, part in zip(tensors, torch.split(whole, [len(tensor) for tensor in tensors]), strict=True):
                     tensor.data = part
     first, outputs, inputs = layers[0], sum(layer.out_features for layer in layers), layers[0].in_features
     return first.weight.data.as_strided((outputs, inputs), (inputs, 1)), first.scales.data.as_strided((outputs,), (1,))
+
+
+def _adjoin(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one ends where the other begins, in the same piece of memory: a card's allocator puts strangers side by side too."""
+    together = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return together and one.data_ptr() + one.nbytes == other.data_ptr()
 
 
 def quantise_layers(model: Any, device: torch.device) -> None:
