@@ -53,6 +53,12 @@ MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
     (("method.modules_to_save", ("embed_tokens",)), ("method.first_layer", 1)),
     (("method.base", Base.int8), ("precision.int8", Int8.dynamic)),
     (("optim.neftune_alpha", 5.0), ("optim.label_smoothing", 0.1)),
+    (("method.base", Base.int8),),
+    (("method.base", Base.int8), ("method.targets", ("q_proj", "down_proj"))),
+    (("method.base", Base.int8), ("method.first_layer", 1), ("engine.checkpoint_every", 2)),
+    (("method.base", Base.int8), PREFIX),
+    (("method.base", Base.nf4),),
+    (("method.base", Base.nf4), ("method.dora", True)),
 )
 """Settings beside those that every configuration has."""
 PRECISIONS = ((Compute.fp32, False), (Compute.bf16, False), (Compute.bf16, True))
@@ -178,7 +184,8 @@ def measured(case: Case, folder: Path) -> int:
     gc.collect()
     if not case.halves:
         states = [value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers(), *states]}
+    tensors = [*module.parameters(), *module.buffers(), *scales(module), *states]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
         step()
     live = peak = 0
@@ -186,6 +193,17 @@ def measured(case: Case, folder: Path) -> int:
         live += size
         peak = max(peak, live)
     return int(sum(held.values()) + peak)
+
+
+def scales(module: Any) -> Iterator[Any]:
+    """What bitsandbytes holds beside its weights, as neither parameter nor buffer."""
+    for layer in module.modules():
+        if (scale := getattr(getattr(layer, "state", None), "SCB", None)) is not None:
+            yield scale
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        while state is not None:
+            yield from (state.absmax, state.code)
+            state = state.state2
 
 
 def entries(ledger: Any) -> Iterator[tuple[int, int]]:

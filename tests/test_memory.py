@@ -100,6 +100,17 @@ def test_a_dequantised_weight_is_there_for_its_matmul_only() -> None:
     assert many.at_peak["buffers"] == 0, "with many the logits are, and by then it is gone"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_int8_layers_hold_is_gone_before_the_next_micro_batch(tmp_path: Path) -> None:
+    """bitsandbytes' nodes hold their inputs, recomputed or not, as long as the loss lives: it has to go after each backward."""
+    case = Case("llama", 4, Compute.fp32, True, 256, 2, 0.02, accumulation=2, more=(("method.base", Base.int8),))
+    assert sum(predicted(case).values()) == pytest.approx(measured(case, tmp_path), rel=0.02)
+    setting = setting_of(case.shape, case.config(), cpu=True)
+    held, in_nf4 = (replayed(case.shape, replace(setting, quantised=base), 512, 10) for base in ("int8", "nf4"))
+    inputs = 512 * (128 + 128 + 128 + 352) * 4  # of q, k and v; o; gate and up; down
+    assert held.peak - in_nf4.peak > (case.shape.layers - 1) * inputs
+
+
 def test_what_is_never_trained_keeps_nothing() -> None:
     """Below the first adapter there is nothing to go back to."""
     case = Case("llama", 16, Compute.fp32, False, 64, 1, 0.5)

@@ -24,8 +24,11 @@ class Linears(Tape):
         self.gradients: list[Block] = []
         self.waiting: Block | None = None
         """A tied head's gradient, until the embedding's comes."""
-        self.pinned: list[Block] = []
-        """What a checkpointed layer keeps all the same: bitsandbytes holds the inputs of int8 layers where no checkpoint sees them."""
+        self.pinned: list[object] = []
+        """Inputs of bitsandbytes' int8 layers, whose nodes hold them where no checkpoint sees them, for as long as the loss lives; and what
+        those can be made from again, which hangs at the tensor (model/between.py)."""
+        self.pinned_again: list[object] = []
+        """Those of a layer that is computed again: that graph is gone when all of it has been."""
 
     def keep(self, gradient: Block) -> None:
         """A weight's gradient is there: kept, or added to what was there before."""
@@ -41,22 +44,20 @@ class Linears(Tape):
     def matmul(self, x: Value, outputs: int, stored: int, trained: bool, quantised: str = "", part: str = "activations") -> Value:
         """x W^T with a weight of `stored` bytes a number."""
         setting = self.setting
+        if quantised == "int8":
+            return self.by_bitsandbytes(x, outputs)
         inputs = int(x.width)
-        bytes = x.bytes if quantised == "int8" else setting.compute if setting.autocast else stored
+        bytes = setting.compute if setting.autocast else stored
         x = self.cast(x, bytes)
         weight: Block | None = None
         if quantised:
             weight = self.block(inputs * outputs * bytes, "buffers")
-            if quantised == "int8":  # the input as int8, and the product as int32
-                weight = self.block(x.rows * (inputs + 4 * outputs), "buffers")
         elif bytes != stored:
             weight = self.block(inputs * outputs * bytes, "buffers")
             if trained:
                 self.cast_weights.append(weight)  # autocast keeps those until the forward is over
         wanted = x.node is not None
-        saved = (x.block if trained or (wanted and quantised == "int8") else None, weight if wanted and not quantised else None)
-        if quantised == "int8" and not self.recording:
-            self.pinned.append(x.block)
+        saved = (x.block if trained else None, weight if wanted and not quantised else None)
         size = x.size
         self.heap.products += not self.stopped
 
@@ -76,6 +77,41 @@ class Linears(Tape):
             return (gradient,)
 
         return self.apply((x,), x.rows, outputs, bytes, run, trained=trained, part=part)
+
+    def by_bitsandbytes(self, x: Value, outputs: int) -> Value:
+        """x W^T by LLM.int8: of integers on a card, with W made whole in x's type on a CPU, where autocast casts both once more."""
+        setting, rows, inputs, size = self.setting, x.rows, x.width, x.size
+        given, wanted = x.bytes, x.node is not None
+        bytes = setting.compute if setting.autocast and setting.copies else given
+        if setting.copies:
+            buffers = [self.dequantised(inputs * outputs, given)]
+            if bytes != given:
+                buffers += [self.block(numbers * bytes, "buffers") for numbers in (rows * inputs, inputs * outputs)]
+        else:  # the input as int8, and the product as int32
+            buffers = [self.block(rows * (inputs + 4 * outputs), "buffers")]
+        y = self.block(rows * outputs * bytes)
+        buffers.clear()
+        if wanted:
+            (self.pinned_again if self.again else self.pinned).append((x.block, x.again))
+        self.heap.products += not self.stopped
+
+        def run(_: list[Block]) -> Gradients:
+            self.heap.products += 1
+            weight = self.dequantised(inputs * outputs, given)
+            of_y = self.block(rows * outputs * given) if bytes != given else None
+            gradient = self.block(size)
+            del weight, of_y
+            return (gradient,)
+
+        return self.apply((x,), rows, outputs, bytes, run, block=y)
+
+    def dequantised(self, numbers: float, bytes: int) -> Block:
+        """An int8 weight in a type, multiplied in place by its rows' scales, which are in fp32."""
+        weight = self.block(numbers * bytes, "buffers")
+        if bytes < 4 and self.setting.copies:
+            wide = [self.block(4 * numbers, "buffers") for _ in range(2)]
+            del wide
+        return weight
 
     def in_int8(self, x: Value, outputs: int) -> Value:
         """x W^T in int8 (model/int8.py): nothing is kept; the product's integers are there beside it, and what is quantised."""
@@ -114,8 +150,8 @@ class Linears(Tape):
         self.stopped = self.again and last and not adapted
         in_int8 = setting.quantised == "dynamic"
         result = self.in_int8(x, linear[2]) if in_int8 else self.matmul(x, linear[2], setting.linear, setting.full, setting.quantised)
-        if setting.quantised:
-            result = self.cast(result, x.bytes)  # bitsandbytes gives back the type that it was given, autocast or not
+        if setting.quantised and setting.quantised != "int8":
+            result = self.cast(result, x.bytes)  # bitsandbytes' NF4 gives back the type that it was given, autocast or not
         if adapted:
             x = self.cast(x, setting.adapter)
         if adapted and setting.dora:

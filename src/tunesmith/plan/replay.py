@@ -15,6 +15,7 @@ MLP's width, r the rank. `tests/test_memory.py` holds it against the allocator.
     linear layers    their inputs, where trained or adapted: once for all that read the same, but a copy for each where autocast
                      or dropout makes one, and then the mask; and cr for Ax, which B reads; where base and adapter are one operator
                      no input that a norm or a gate gives
+    LLM.int8         the input of each, recomputed or not, and what norms and gates keep of theirs, for as long as the loss lives
     DoRA             Wx and BAx of each adapter; with dropout W itself too, where it isn't stored in the type that it's computed in
     prefix, prompt   what attention keeps, and its keys and values of virtual tokens
 
@@ -229,10 +230,9 @@ class Step(Elementwise):
         self.recording = False
         out = self.layer(x, layer)
         self.recording = True
-        pinned, self.pinned = self.pinned, []
         size, out_width, bytes = out.size, out.rows * out.width, out.bytes
 
-        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept, pinned: object = pinned) -> Gradients:
+        def run(given: list[Block], kept: tuple[Block, float, float, int, bool] = kept) -> Gradients:
             *tensor, wanted = kept
             leaf = Node(0, (), spent) if wanted else None
             # It begins when backward asks for the first saved tensor: PEFT's adapter has been given its scaled gradient by then.
@@ -245,9 +245,9 @@ class Step(Elementwise):
             self.again = self.stopped = False
             del scaled
             self.cast_weights.clear()
+            self.pinned_again.clear()
             return (self.backward(again, given.pop(), leaf),)
 
-        del pinned
         return self.apply((x,), out.rows, out.width, out.bytes, run, block=out.block, trained=True)
 
     def forward(self) -> Value:

@@ -71,6 +71,7 @@ class Tape:
     def __init__(self, heap: Heap) -> None:
         self.heap = heap
         self.recording = True
+        """What operators keep for backward is kept."""
         self.stopped = False
         """What comes is not computed: a recomputed layer has been as far as its last saved tensor."""
         self.count = 0
@@ -84,9 +85,9 @@ class Tape:
     ) -> Value:  # fmt: skip
         """The output of an operator, with a node where an input or a weight of its own wants a gradient."""
         node = None
-        if self.recording and (trained or any(value.node for value in inputs)):
+        if trained or any(value.node for value in inputs):
             self.count += 1
-            node = Node(self.count, tuple(value.node for value in inputs), run)
+            node = Node(self.count, tuple(value.node for value in inputs), run if self.recording else spent)
         return Value(block or self.block(rows * width * bytes, part), rows, width, bytes, node)
 
     def backward(self, root: Node | None, gradient: Block, leaf: Node | None = None) -> Block | None:
