@@ -296,7 +296,7 @@ def test_a_step_is_covered(
         assert plan.micro_batch <= min(micro, share)
     else:
         assert plan.micro_batch == 1 or plan.memory_gib <= 0.92 * plan.memory_limit_gib
-        assert card != "cpu" or plan.micro_batch <= max(1, 2048 // tokens)
+        assert card != "cpu" or plan.micro_batch <= max(1, 1024 // tokens)
     assert plan.deepspeed["train_micro_batch_size_per_gpu"] == plan.micro_batch
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.accumulation
 
@@ -370,7 +370,7 @@ def test_steps_in_tokens_are_divided_as_they_come() -> None:
     """Ranks need not get equally many; a typed micro-batch is kept, as a smaller one would only make more of them in some steps."""
     config = config_of(train__tokens_per_step=8192, model__known_as="smollm2-135m", data__max_tokens=64)
     plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=480)
-    assert (plan.micro_batch, plan.accumulation) == (26, 2), "35 conversations a rank of 78 tokens, 2,048 in a forward"
+    assert (plan.micro_batch, plan.accumulation) == (13, 3), "35 conversations a rank of 78 tokens, 1,024 in a forward"
     config.train.micro_batch = 40
     plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=64)
     assert (plan.micro_batch, plan.accumulation) == (40, 1)
@@ -719,7 +719,7 @@ def test_describe_says_steps_in_tokens() -> None:
 
 
 def test_a_common_beginning_leaves_room_for_more_conversations() -> None:
-    """On a CPU a forward has as many as make 2,048 tokens of their own, and what they share takes memory and time once."""
+    """On a CPU a forward has as many as make 1,024 tokens of their own, and what they share takes memory and time once."""
     config = config_of(train__conversations_per_step=64)
 
     def plan(common: int, **more: Any) -> Any:
@@ -727,8 +727,8 @@ def test_a_common_beginning_leaves_room_for_more_conversations() -> None:
         return make_plan(settings, HERE, 1, 4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=common)
 
     alone, sharing = plan(0), plan(1200)
-    assert (alone.micro_batch, sharing.micro_batch) == (1, 16), "2,048 / 1,300 and 2,048 / 100, evenly"
-    assert sharing.memory["activations"] < 2.4 * alone.memory["activations"], "1,200 + 16 x 110 tokens and 1,310"
+    assert (alone.micro_batch, sharing.micro_batch) == (1, 10), "1,024 / 1,300 and 1,024 / 100, evenly"
+    assert sharing.memory["activations"] < 2.4 * alone.memory["activations"], "1,200 + 10 x 110 tokens and 1,310"
     assert sharing.flops == alone.flops, "the bound is of conversations that share nothing"
     assert plan(1200, data__batching=Batching.padded).micro_batch == 1, "there nothing is shared"
     known = {"hardware__peak": 5e11, "train__micro_batch": 16}

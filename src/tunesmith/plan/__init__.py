@@ -34,9 +34,9 @@ ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
 SPLIT_PAYS = 0.02
 """Least share of a rank's memory that ZeRO 1 or 2 must save, else the plan says that it only costs."""
-CPU_TOKENS = 2048
-"""Tokens in one forward on a CPU, common beginnings left out, that more of them would not be faster than: 830 tokens cost it a tenth of the
-speed of 3,300, 1,660 cost 3 % (docs/log.md), and memory grows with them."""
+CPU_TOKENS = 1024
+"""Tokens in one forward on a CPU, common beginnings left out, that more of them would not be much faster than, and memory grows with them:
+830 are as fast as 1,660 on an Intel CPU, with two thirds of the memory, and cost an AMD one 8 % (docs/log.md)."""
 
 
 @dataclass(frozen=True)

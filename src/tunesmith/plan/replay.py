@@ -33,6 +33,10 @@ from tunesmith.plan.elementwise import Elementwise
 from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
+ONEDNN_COLUMNS = 64
+"""Columns of the right side that oneDNN lays out anew inside a matmul in halves on a CPU, with all their rows: 64 with AMX, 48 without
+(measured at heads of 3,000 and 4,000 words). That is of some size only where all words are added up: in the gradient to hidden states."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -318,6 +322,9 @@ class Step(Elementwise):
             self.heap.blocks += 12
             self.heap.products += 1 + (x.node is not None)
             del logits
+            if bytes < 4 and setting.copies and x.node:
+                scratch = self.block(shape.vocab * ONEDNN_COLUMNS * bytes, "buffers")
+                del scratch
             if trained:
                 wide = self.block(inner * 4)
                 part = self.block(inner * bytes if bytes < 4 else 0)
