@@ -709,12 +709,12 @@ def test_describe_fits_a_glance() -> None:
 
 def test_describe_says_steps_in_tokens() -> None:
     config = config_of(train__tokens_per_step=8192)
-    words = "at most 26 in a micro-batch x about"
+    words = "at most 13 in a micro-batch x about"
     text = describe(make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480))
-    assert f"~8,211 tokens, about 105 conversations, {words} 5 accumulated x 1 rank" in text
+    assert f"~8,211 tokens, about 105 conversations, {words} 9 accumulated x 1 rank" in text
     assert "114 steps = 3 epochs of 4,000 conversations" in text
     text = describe(make_plan(config, HERE, 2, local_size=1))
-    assert f"~8,192 tokens, 16 or more conversations, {words.replace('26', '4')} 2 accumulated x 2 ranks" in text
+    assert f"~8,192 tokens, 16 or more conversations, {words.replace('13', '2')} 4 accumulated x 2 ranks" in text
     assert max(map(len, text.splitlines())) <= 120
 
 
