@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -212,7 +212,7 @@ def measure(contest: Contest, starts: dict[str, Callable[[], Side]], windows: in
     return found
 
 
-def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
+def compare(name: str, windows: int, work: Path) -> Iterator[dict[str, Any]]:
     """One set, tunesmith's rows beside the peer."""
     print(f"{name}", flush=True)
     contest, python = Contest(SETS[name], windows, work), peer_python()
@@ -226,14 +226,17 @@ def compare(name: str, windows: int, work: Path) -> dict[str, Any]:
     if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > SAME:
         raise Refused(f"the first update's loss is {first}: not the same computation")
     facts = contest.facts
-    return {
+    yield {
         "rows": rows, "peer": best, "tried": tried, "updates": contest.steps - 1, "conversations_per_step": contest.set.per_step,
         "median_tokens": lengths[len(lengths) // 2], "shared": 1 - sum(facts["computed"]) / sum(facts["conversation_tokens"]),
     }  # fmt: skip
 
 
-def ablate(name: str, windows: int, work: Path) -> dict[str, Any]:
-    """One set, tunesmith's rows of bench/ablation.py: each by turns with the one that it is compared with, no more than two at a time."""
+def ablate(name: str, windows: int, work: Path) -> Iterator[dict[str, Any]]:
+    """One set, tunesmith's rows of bench/ablation.py: each by turns with the one that it is compared with, no more than two at a time.
+
+    Gives what there is after each row: all of them take half an hour.
+    """
     print(f"{name}, ablation", flush=True)
     contest = Contest(SETS[name], windows, work)
     rows, found = ablation.rows(), dict[str, dict[str, Any]]()
@@ -254,7 +257,7 @@ def ablate(name: str, windows: int, work: Path) -> dict[str, Any]:
         gains = [one / before for before, one in zip(slow["windows"], fast["windows"], strict=True)]
         found[title] = own | {"kind": row.kind, "beside": row.beside, "gain": median(gains), "gains": gains}
         print(f"  {title}: {said_gain(found[title])}", flush=True)
-    return {"rows": {title: found[title] for title in rows if title in found}}
+        yield {"rows": {title: found[title] for title in rows if title in found}}
 
 
 def same_losses(found: dict[str, list[float]]) -> None:
@@ -374,13 +377,14 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in [asked.only] if asked.only else SETS:
         facts = machine()  # before: the commit that is measured
+        path = RESULTS / f"{'ablation' if asked.ablation else 'train'}-{name}.json"
         with tempfile.TemporaryDirectory() as work:
+            measure_set = ablate if asked.ablation else compare
             try:
-                found = (ablate if asked.ablation else compare)(name, asked.windows, Path(work))
+                for found in measure_set(name, asked.windows, Path(work)):
+                    path.write_text(json.dumps(_rounded({"machine": facts, **found}), indent=1) + "\n")
             except Refused as refused:
                 raise SystemExit(f"{name}: not compared — {refused}") from None
-        path = RESULTS / f"{'ablation' if asked.ablation else 'train'}-{name}.json"
-        path.write_text(json.dumps(_rounded({"machine": facts, **found}), indent=1) + "\n")
     print(table())
 
 
