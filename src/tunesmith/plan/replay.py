@@ -33,9 +33,9 @@ from tunesmith.plan.elementwise import Elementwise
 from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
-ONEDNN_COLUMNS = 64
-"""Columns of the right side that oneDNN lays out anew inside a matmul in halves on a CPU, with all their rows: 64 with AMX, 48 without
-(measured at heads of 3,000 and 4,000 words). That is of some size only where all words are added up: in the gradient to hidden states."""
+SCRATCH = 0.7e6
+"""Bytes that oneDNN takes inside the head's matmul in halves on a CPU with two threads, whatever its sizes: about 1.0 MB with AMX and 0.3
+without (bench/memory.py). A real model's logits are larger, and are there after it is gone."""
 
 
 @dataclass(frozen=True)
@@ -317,14 +317,13 @@ class Step(Elementwise):
             inner = min(piece, rows - start) * shape.hidden
             part = self.block(inner * bytes if bytes != x.bytes else 0)
             gradient = self.block(min(piece, rows - start) * shape.vocab * bytes, "logits")
+            scratch = self.block(SCRATCH, "buffers") if bytes < 4 and setting.copies else None
+            del scratch
             logits = self.block(min(piece, rows - start) * shape.vocab * 4 if bytes < 4 else 0, "logits")
             self.heap.written += 3 * min(piece, rows - start) * shape.vocab * 4  # in place: less the highest, exp, and that scaled
             self.heap.blocks += 12
             self.heap.products += 1 + (x.node is not None)
             del logits
-            if bytes < 4 and setting.copies and x.node:
-                scratch = self.block(shape.vocab * ONEDNN_COLUMNS * bytes, "buffers")
-                del scratch
             if trained:
                 wide = self.block(inner * 4)
                 part = self.block(inner * bytes if bytes < 4 else 0)
