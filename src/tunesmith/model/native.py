@@ -1,7 +1,7 @@
 """What stands between matmuls, in C++ on a CPU in fp32: passes over rows, each of which reads and writes a tensor once (native.cpp).
 
 PyTorch has several operators for each of them, and each of those goes through memory. The library is compiled for this very CPU when it is
-first used, in a third of a second, into the cache; where there is no compiler, a line says so and PyTorch's operators do the same.
+first used, in about a second, into the cache; where there is no compiler, a line says so and PyTorch's operators do the same.
 Every tensor here is fp32, on a CPU and contiguous, unless it is said otherwise.
 """
 
