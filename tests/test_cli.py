@@ -59,7 +59,7 @@ def test_a_plan_that_does_not_fit_is_one_line_with_what_does(monkeypatch: pytest
     (line,) = str(refused.value).splitlines()
     fact, _, advice = line.partition(" — type ")
     assert re.fullmatch(r"data\.max_tokens=2048: qwen2.5-7b with 1 x 2048 tokens needs [\d.]+ GiB a rank, and the card is 14\.6 GiB", fact)
-    assert advice.count(" GiB)") == 2, "nearer ones that fit; what does not fit is not advised"
+    assert advice.count(" GiB)") == 3, "nearer ones that fit; what does not fit is not advised"
     with pytest.raises(Refusal, match=r"^--ranks -1: "):
         cli.main(["plan", "+exp=lora_cpu", "--ranks=-1"])
 

