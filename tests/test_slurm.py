@@ -228,3 +228,11 @@ def test_requeues_without_a_new_checkpoint_are_counted_by_job() -> None:
     assert idle_requeues(starts, {"job": "2", "step": 5}) == 2
     assert idle_requeues(starts, {"job": "2", "step": 9}) == 0
     assert idle_requeues(starts, {"job": "3", "step": 5}) == 0
+
+
+def test_a_jobs_copy_has_all_that_the_program_reads() -> None:
+    """Whatever git has in the program's folders, but for what only people read: a suffix that is not copied is missed on the node."""
+    listed = subprocess.run(["git", "ls-files", "src/tunesmith", "launcher", "conf"], cwd=ROOT, capture_output=True, text=True)
+    tracked = {name for name in listed.stdout.split() if (ROOT / name).exists()}
+    assert "src/tunesmith/model/native.cpp" in tracked
+    assert tracked <= {str(path.relative_to(ROOT)) for path in slurm._code()}
