@@ -62,10 +62,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     if plan.card == "cpu":
         measure_cpu(config.hardware.peak, machine, config.precision.compute.name, plan.threads)
     plan = make_plan(
-        config, machine, world.size, len(dataset.train), tokens=dataset.tokens, local_size=world.local_size,
-        longest_tokens=dataset.longest_tokens, common_tokens=dataset.common_tokens,
-        beginnings=len(dataset.beginnings) if config.method.cache_frozen else 0,
-        model_folder=base, micro_limit=folder.restarts.micro_batch, beginning=len(dataset.beginning),
+        config, machine, world.size, dataset.counts(config), local_size=world.local_size, model_folder=base,
+        micro_limit=folder.restarts.micro_batch,
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with engine.fit what the plan has chosen

@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind
+from tunesmith.plan import step_flops
 from tunesmith.plan.checks import changed
+from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import GIB, memory_gib
 from tunesmith.plan.shapes import ModelShape
 
@@ -155,14 +157,9 @@ def predicted(case: Case) -> dict[str, float]:
 def measured(case: Case, folder: Path) -> int:
     """Bytes at the highest point of a step's ledger; the model is made in `folder` if it is not there."""
     import torch
-    from accelerate.state import AcceleratorState
     from torch.profiler import ProfilerActivity, profile
 
-    from tunesmith.engine.accelerate import AccelerateEngine
-    from tunesmith.model import build_model
-    from tunesmith.world import World
-
-    module = build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
+    module = module_of(case, folder)
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     states: list[Any] = []
     if case.halves:
@@ -173,8 +170,7 @@ def measured(case: Case, folder: Path) -> int:
             for batch in batches:
                 module(batch).backward()
     else:
-        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
-        engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
+        engine = engine_of(case, module)
 
         def step() -> None:
             engine.step(batches, sum(batch.target_count for batch in batches), 1e-4, lambda _: nullcontext())
@@ -193,6 +189,37 @@ def measured(case: Case, folder: Path) -> int:
         live += size
         peak = max(peak, live)
     return int(sum(held.values()) + peak)
+
+
+def module_of(case: Case, folder: Path) -> Any:
+    """A model of the case's shape with its loss; its files are made in `folder` if they are not there."""
+    import torch
+
+    from tunesmith.model import build_model
+
+    return build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
+
+
+def engine_of(case: Case, module: Any) -> Any:
+    """The real engine around a model."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from tunesmith.engine.accelerate import AccelerateEngine
+    from tunesmith.world import World
+
+    threads = torch.get_num_threads()
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
+    engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
+    torch.set_num_threads(threads)  # Accelerate takes one for a rank
+    return engine
+
+
+def flops(case: Case) -> Flops:
+    """Of a step."""
+    lengths = [case.length] * case.rows * case.accumulation
+    targets = case.rows * case.targets * case.accumulation
+    return step_flops(case.shape, case.config().method, lengths, targets, checkpointing=case.checkpointing)
 
 
 def scales(module: Any) -> Iterator[Any]:

@@ -3,102 +3,128 @@
     python -m bench.pace            a line each, then the median, the worst and how many are within 20 %
     python -m bench.pace --fit      and the constants of plan/pace.py, by least squares over every second configuration
 
-Both use the peak of a matmul that is measured first, by the threads that torch takes. The best of eight steps counts, since others may
-use the machine; on a busy one nothing here means much. Timings are no test: none of this is in the suite.
+Beside that grid stand the steps of bench/roofline.py, whose models have the sizes that people train. The peak of a matmul and the machine's
+overheads are measured anew next to each configuration, by the threads that torch takes: a machine that others use too is a third faster or
+slower from one minute to the next. The best of some steps counts. Timings are no test: none of this is in the suite.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 
-from bench.memory import Case, batch_of, grid, model_in
+from bench.memory import Case, batch_of, engine_of, flops, grid, module_of
+from bench.roofline import ROWS
 from tunesmith.config import Compute
 from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
-from tunesmith.plan import step_flops, trained_weights
-from tunesmith.plan.flops import Flops
-from tunesmith.plan.memory import setting_of
-from tunesmith.plan.pace import CPU_MATMUL, READS, speed_of, step_seconds
-from tunesmith.plan.replay import replayed
+from tunesmith.plan import trained_weights
+from tunesmith.plan.pace import CPU_MATMUL, Speed, speed_of, step_seconds
 
-REPEATS = 8
+REPEATS, MOST_S = 10, 12.0
 
 
-def engine_of(case: Case, folder: Path) -> Any:
-    """The real engine around a model of the case's shape, made in `folder` if it is not there."""
-    from accelerate.state import AcceleratorState
+@dataclass(frozen=True)
+class Pace:
+    """What a CPU sustains at a moment."""
 
-    from tunesmith.engine.accelerate import AccelerateEngine
-    from tunesmith.model import build_model
-    from tunesmith.world import World
+    peaks: dict[Compute, float]
+    overheads: Overheads
 
-    threads = torch.get_num_threads()
-    module = build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
-    engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
-    torch.set_num_threads(threads)  # Accelerate takes one for a rank
-    return engine
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a configuration's step, and what the CPU sustained just before."""
+
+    case: Case
+    seconds: float
+    pace: Pace
+
+    @property
+    def peak(self) -> float:
+        return self.pace.peaks[self.case.compute]
+
+
+def pace_now(number: int, threads: int) -> Pace:
+    """Measured anew for each number."""
+    name = f"measurement {number}"
+    found = overheads(replace(this_machine(), cpu_name=name), threads)
+    assert found  # always, unless it is only looked up
+    return Pace({compute: measure_peak(compute.value, "cpu", threads, name)[0] for compute in (Compute.fp32, Compute.bf16)}, found)
 
 
 def measured(case: Case, folder: Path) -> float:
     """Seconds of the best of some steps of the real engine."""
-    engine = engine_of(case, folder)
+    engine = engine_of(case, module_of(case, folder))
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, best = sum(batch.target_count for batch in batches), float("inf")
     gc.collect()
     gc.freeze()  # what earlier configurations left is not looked through again: a program trains one model
+    spent = 0.0
     for _ in range(REPEATS):
         start = perf_counter()
         engine.step(batches, targets, 1e-4, lambda _: nullcontext())
-        best = min(best, perf_counter() - start)
+        best = min(best, took := perf_counter() - start)
+        spent += took
+        if spent > MOST_S:
+            break
     return best
 
 
-def flops(case: Case) -> Flops:
-    lengths = [case.length] * case.rows * case.accumulation
-    targets = case.rows * case.targets * case.accumulation
-    return step_flops(case.shape, case.config().method, lengths, targets, checkpointing=case.checkpointing)
-
-
-def predicted(case: Case, peak: float, cpu: Overheads | None) -> float:
+def seconds(case: Case, peak: float, speed: Speed) -> float:
+    """Of a step as the plan adds it up, at what a CPU sustains."""
     tokens, work = case.rows * case.length, flops(case)
-    seconds = step_seconds(
+    parts = step_seconds(
         case.shape, case.config(), None, 1, flops=work.executed, attention=work.attention, peak_flops=peak, tokens=tokens,
         accumulation=case.accumulation,
-        trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, overheads=cpu,
+        trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, speed=speed,
     )  # fmt: skip
-    return sum(seconds.values())
+    return sum(parts.values())
 
 
-def fit(cases: list[Case], times: list[float], peaks: dict[Compute, float], cpu: Overheads | None) -> None:
-    """Print what plan/pace.py declares for a CPU, fp32's share taken from there: relative errors of every second case least."""
-    rows, known = [], []
-    for case in cases:
-        work = replayed(case.shape, setting_of(case.shape, case.config(), cpu=True), case.rows * case.length, case.rows * case.targets)
-        done, fp32 = flops(case), case.compute is Compute.fp32
-        linear, over_scores = ((size / peaks[case.compute]) for size in (done.executed - done.attention, done.attention))
-        known.append(fp32 * linear / CPU_MATMUL[Compute.fp32])
-        apart = (over_scores, case.accumulation * work.products)
-        rows.append([not fp32 and linear, *(fp32 and x for x in apart), *(not fp32 and x for x in apart),
-                     *(case.accumulation * x for x in ((1 + READS) * work.written, work.operators, work.random))])  # fmt: skip
-    spent = np.array(times)
-    scaled, rest = np.array(rows, float) / spent[:, None], 1 - np.array(known) / spent
-    found, *_ = np.linalg.lstsq(scaled[::2], rest[::2], rcond=None)
-    print(f"matmul share {1 / found[0]:.2f} in bf16; attention {1 / found[1]:.2f} and {1 / found[3]:.2f}; a matmul besides "
-          f"{found[2] * 1e6:.1f} and {found[4] * 1e6:.1f} us; {1 / found[5] / 1e9:.0f} GB/s; "
-          f"{found[6] * 1e6:.1f} us an operator; {found[7] * 1e9:.1f} ns a random number; "
-          f"now {speed_of(None, Compute.fp32, cpu)}")  # fmt: skip
-    errors = np.abs(scaled[1::2] @ found - rest[1::2])
-    print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}")
+NOTHING = Speed(**{field.name: inf if field.name.endswith(("share", "per_s")) else 0.0 for field in fields(Speed)})
+"""A CPU to which everything is free."""
+OF_A_TYPE = ("matmul_share", "attention_share", "product_s")
+OF_ALL = ("bytes_per_s", "operator_s", "function_s", "random_s")
+
+
+def fit(steps: list[Measured]) -> None:
+    """Print what plan/pace.py declares for a CPU, fp32's share of matmuls taken from there: relative errors of every second step least."""
+    names = [*((name, compute) for name in OF_A_TYPE for compute in steps[0].pace.peaks), *((name, None) for name in OF_ALL)]
+
+    def part(step: Measured, name: str, compute: Compute | None) -> float:
+        """Of the step's seconds, what comes with one constant, at 1."""
+        if compute not in (None, step.case.compute):
+            return 0.0
+        cpu = step.pace.overheads
+        unit = {"bytes_per_s": cpu.bytes_per_s, "operator_s": cpu.operator_s, "function_s": cpu.function_s, "random_s": cpu.random_s}
+        unit["product_s"] = cpu.operator_s
+        return seconds(step.case, step.peak, replace(NOTHING, **{name: unit.get(name, 1.0)})) / step.seconds
+
+    parts = np.array([[part(step, *name) for name in names] for step in steps])
+    known = parts[:, 0] / CPU_MATMUL[Compute.fp32]
+    free = np.arange(len(names)) > 0  # what is not set
+    while True:  # least squares; what would be below nothing is nothing
+        found = np.zeros(len(names))
+        found[free], *_ = np.linalg.lstsq(parts[::2, free], 1 - known[::2], rcond=None)
+        if (found >= 0).all():
+            break
+        free &= found > 0
+    for (name, compute), value in list(zip(names, found, strict=True))[1:]:
+        value = 1 / value if value and name.endswith(("share", "per_s")) else value
+        print(f"{name}{f' in {compute.value}' if compute else ''}: {value:.3g}")
+    errors = np.abs(parts[1::2] @ found + known[1::2] - 1)
+    print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}, {(errors <= 0.2).sum()} of {len(errors)} within 20 %")
 
 
 def main() -> None:
@@ -107,24 +133,25 @@ def main() -> None:
     asked = parser.parse_args()
     prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
-    peaks = {compute: measure_peak(compute.value, "cpu", threads)[0] for compute in (Compute.fp32, Compute.bf16)}
-    cpu = overheads(this_machine(), threads)
     take_faster_matmul(threads)
-    print(f"{threads} threads, {cpu}, " + ", ".join(f"{compute.value} {peak / 1e9:.0f} GFLOPS" for compute, peak in peaks.items()))
-    cases = [case for case in grid() if not case.halves]
-    errors, times = [], []
-    print("| configuration | predicted ms | measured ms | error |\n|---|---|---|---|")
+    steps, errors = [], []
+    print(f"{threads} threads, {this_machine().cpu_name}\n\n| configuration | predicted ms | measured ms | error |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
-            times.append(measured(case, Path(folder)))
-            guess = predicted(case, peaks[case.compute], cpu)
-            errors.append(guess / times[-1] - 1)
-            print(f"| {case} | {1000 * guess:.1f} | {1000 * times[-1]:.1f} | {errors[-1]:+.0%} |", flush=True)
+        os.environ["XDG_CACHE_HOME"] = folder  # what is measured here is no run's
+        for case in [*(case for case in grid() if not case.halves), *ROWS]:
+            pace = pace_now(len(steps), threads)
+            steps.append(step := Measured(case, measured(case, Path(folder)), pace))
+            guess = seconds(case, step.peak, speed_of(None, case.compute, pace.overheads))
+            errors.append(guess / step.seconds - 1)
+            print(f"| {case} | {1000 * guess:.1f} | {1000 * step.seconds:.1f} | {errors[-1]:+.0%} |", flush=True)
+    for compute in (Compute.fp32, Compute.bf16):
+        peaks = sorted(step.pace.peaks[compute] / 1e9 for step in steps)
+        print(f"{compute.value} peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOPS")
     sizes = sorted(map(abs, errors))
     within = sum(size <= 0.2 for size in sizes)
-    print(f"\n{len(cases)} configurations: median error {median(sizes):.1%}, worst {sizes[-1]:.1%}, {within} within 20 %")
+    print(f"\n{len(steps)} configurations: median error {median(sizes):.1%}, worst {sizes[-1]:.1%}, {within} within 20 %")
     if asked.fit:
-        fit(cases, times, peaks, cpu)
+        fit(steps)
 
 
 if __name__ == "__main__":

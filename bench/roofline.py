@@ -18,8 +18,7 @@ from time import perf_counter
 
 import torch
 
-from bench.memory import Case, batch_of
-from bench.pace import engine_of, flops
+from bench.memory import Case, batch_of, engine_of, flops, module_of
 from tunesmith.config import Compute
 from tunesmith.hardware import measure_peak, prepare_environment, take_faster_matmul
 from tunesmith.plan.shapes import ModelShape
@@ -68,7 +67,7 @@ def family_of(operator: str) -> str:
 
 def spent(case: Case, folder: Path) -> tuple[float, dict[str, float]]:
     """Seconds of the median step, and the share of each family of operators in profiled ones."""
-    engine = engine_of(case, folder)
+    engine = engine_of(case, module_of(case, folder))
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, times = sum(batch.target_count for batch in batches), []
 

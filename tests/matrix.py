@@ -35,7 +35,7 @@ from tunesmith.data.batches import Batches
 from tunesmith.data.examples import ListedExamples
 from tunesmith.data.layout import Example
 from tunesmith.hardware import prepare_environment, this_machine
-from tunesmith.plan import Plan, PlanError, make_plan
+from tunesmith.plan import Counts, Plan, PlanError, make_plan
 from tunesmith.run import leave
 from tunesmith.world import World, this_world
 
@@ -120,7 +120,7 @@ class Walk:
 
     def plan(self, words: Sequence[str]) -> tuple[Config, Plan]:
         config = compose([*self.common, *words])
-        return config, make_plan(config, self.machine, self.world.size, len(self.examples), longest_tokens=30, model_folder=self.folder)
+        return config, make_plan(config, self.machine, self.world.size, Counts(len(self.examples), longest_tokens=30), model_folder=self.folder)
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
         """What becomes of a combination: trains, or refused with the plan's lines; raises AssertionError where it breaks a promise."""

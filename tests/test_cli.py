@@ -52,6 +52,21 @@ def test_plan_prints_what_a_run_takes(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().out.startswith("What fits on 1 x Tesla T4: qwen2.5-7b in fp16")
 
 
+def test_a_plan_that_reads_the_data_reckons_with_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [f"data.{setting}" for setting in ("prepare_train=64", "prepare_dev=8", "prepare_test=8")]
+    words = ["plan", "+exp=demo_tools", f"data.folder={tmp_path}/data", f"data.cache={tmp_path}/tokens", *few]
+    texts = []
+    for more in ([], ["--data"]):
+        cli.main([*words, *more])
+        texts.append(capsys.readouterr().out)
+    assert "note     reckoned with 3,200 tokens in every conversation and nothing shared; --data reads" in texts[0]
+    assert "reckoned" not in texts[1]
+    unread, read = (float(re.search(r"^compute  at most ([\d.]+) TFLOP", said, re.M)[1]) for said in texts)
+    assert read < unread / 10, "3,063 tokens of tools are read once; an update computes about 32 tokens of each of 8 conversations"
+    with pytest.raises(Refusal, match=r"^--data --fit: "):
+        cli.main([*words, "--data", "--fit"])
+
+
 def test_a_plan_that_does_not_fit_is_one_line_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAKE_MACHINE, json.dumps({"kind": "cpu", "cores": 8, "ram_gib": 64}))
     with pytest.raises(Refusal) as refused:

@@ -30,7 +30,7 @@ from tunesmith.data.layout import Example, MicroBatch
 from tunesmith.data.prefixes import Beginnings
 from tunesmith.model import FrozenStates, TargetLoss, build_model, decoder_layers
 from tunesmith.model.frozen import RECORD, STATES, _runs
-from tunesmith.plan import above_frozen, beside, describe, make_plan, problems, run_id, shape_of, step_flops
+from tunesmith.plan import Counts, above_frozen, beside, describe, make_plan, problems, run_id, shape_of, step_flops
 from tunesmith.plan.checks import changed
 from tunesmith.run import RunFolder
 from tunesmith.world import World
@@ -379,7 +379,7 @@ def test_a_disk_without_room_is_refused(base: Path, tmp_path: Path, monkeypatch:
 
 def test_a_run_without_room_is_refused_before_its_model_loads(tmp_path: Path) -> None:
     config = config_of(**ON, outputs=str(tmp_path))
-    plan = make_plan(config, HERE, 1, 400, tokens=40_000, longest_tokens=200, beginnings=10**13)
+    plan = make_plan(config, HERE, 1, Counts(400, tokens=40_000, longest_tokens=200, beginnings=10**13))
     with pytest.raises(Refusal, match=r"GiB free in outputs=.*, the checkpoints need about 0.1 GiB and the states 21457672.1 GiB — .* method.cache_frozen=false"):
         RunFolder.of(config, plan, World()).open(config, plan, "data")
 
@@ -390,7 +390,7 @@ def test_the_plan_says_what_it_takes_and_saves() -> None:
     before = make_plan(config, HERE, 1)
     assert "cache    576 numbers x 4 bytes a token on disk; a step of tokens that are there takes" in describe(before)
     on, plain = (
-        make_plan(one, HERE, 1, 400, tokens=40_000, longest_tokens=200, beginnings=count) for one, count in ((config, 31_000), (off, 0))
+        make_plan(one, HERE, 1, Counts(400, tokens=40_000, longest_tokens=200, beginnings=count)) for one, count in ((config, 31_000), (off, 0))
     )
     assert on.cache
     assert on.cache_gib == 31_000 * 576 * 4 / 2**30
@@ -406,7 +406,7 @@ def test_the_plan_says_what_it_takes_and_saves() -> None:
     assert run_id(config) == run_id(off)
     rows = [{"time/step_s": second, "data/cached_tokens": cached} for second, cached in ((9.0, 0), (9.0, 0), (9.0, 0), (4.0, 0), (2.0, 7))]
     assert beside(on, rows) == f"step {on.step_s:.3g} s predicted, 4 measured; cached step {on.cached_step_s:.3g} s predicted, 2 measured"
-    once = make_plan(changed(config, {"train.steps": 20}), HERE, 1, 400, tokens=40_000, longest_tokens=200, beginnings=31_000)
+    once = make_plan(changed(config, {"train.steps": 20}), HERE, 1, Counts(400, tokens=40_000, longest_tokens=200, beginnings=31_000))
     assert any("nothing is read again" in note for note in once.notes)
 
 

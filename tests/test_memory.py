@@ -24,9 +24,9 @@ from tunesmith.plan.tape import Block, Heap
 CASES = [case for number, case in enumerate(grid()) if number % 6 == (number // 24) % 6 or (case.more and number % 3 == 0)]
 
 
-SCRATCH = 0.29e6
-"""Bytes that oneDNN takes inside a matmul in bf16 with a head of 3,000 x 128, whatever the rows (0.27 to 0.28 MB measured at 4 and 32), and the
-replay leaves out: with the loss in pieces it is 6 % of the smallest peak here, 4.4 MB."""
+SCRATCH_DIFFERS = 0.29e6
+"""Bytes that oneDNN's scratch inside a matmul in bf16 is more or less than plan/replay.py declares for all CPUs: with the loss in pieces
+7 % of the smallest peak here, 4.4 MB."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_cases_are_a_fair_part_of_the_grid() -> None:
 def test_the_peak_is_the_allocators(errors: dict[Case, float]) -> None:
     sizes = {str(case): abs(error) for case, error in errors.items()}
     assert median(sizes.values()) <= 0.005
-    beyond = {str(case): abs(error) - (case.compute is Compute.bf16) * SCRATCH / sum(predicted(case).values()) for case, error in errors.items()}
+    beyond = {str(case): abs(error) - (case.compute is Compute.bf16) * SCRATCH_DIFFERS / sum(predicted(case).values()) for case, error in errors.items()}
     assert max(beyond.values()) <= 0.04, max(beyond, key=lambda name: beyond[name])
 
 

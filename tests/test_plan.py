@@ -28,6 +28,7 @@ from transformers import (
 from tunesmith.config import Base, Batching, Compute, Config, EngineKind, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import (
+    Counts,
     PlanError,
     beside,
     describe,
@@ -286,7 +287,7 @@ def test_a_step_is_covered(
         train__conversations_per_step=per_step, train__micro_batch=min(micro, share), hardware__card=card,
         precision__compute=compute, model__known_as="qwen2.5-0.5b" if card == "a10" else "smollm2-135m",
     )  # fmt: skip
-    plan = make_plan(config, here, world_size, longest_tokens=32 if micro else tokens)  # a given one must fit
+    plan = make_plan(config, here, world_size, Counts(longest_tokens=32 if micro else tokens))  # a given one must fit
     places = plan.micro_batch * plan.accumulation * world_size
     assert per_step <= places < per_step + plan.accumulation * world_size, "less than one empty place a micro-batch"
     assert 1 <= plan.micro_batch <= share
@@ -310,7 +311,7 @@ def test_the_plan_fills_a_card_but_not_to_the_brim() -> None:
     assert (plan.micro_batch, plan.accumulation) == (8, 8)
     assert plan.memory_gib < 0.92 * 14.56
     assert sum(memory_gib(plan.shape, config, 1, 16 * 1024).values()) > 0.92 * 14.56
-    assert make_plan(config, T4, 1, longest_tokens=128).micro_batch > 8, "shorter data, larger micro-batches"
+    assert make_plan(config, T4, 1, Counts(longest_tokens=128)).micro_batch > 8, "shorter data, larger micro-batches"
 
 
 @pytest.mark.parametrize(
@@ -326,13 +327,13 @@ def test_the_plan_fills_a_card_but_not_to_the_brim() -> None:
     ],
 )
 def test_length(values: dict[str, Any], conversations: int | None, steps: int, epochs: float) -> None:
-    plan = make_plan(config_of(**values), HERE, 1, conversations)
+    plan = make_plan(config_of(**values), HERE, 1, Counts(conversations))
     assert (plan.steps, plan.epochs) == (steps, epochs)
 
 
 def test_small_data_is_noted() -> None:
     config = config_of(train__epochs=100.0)
-    assert make_plan(config, HERE, 1, 5).notes == ["the data has 5 conversations, fewer than the 16 of a step"]
+    assert make_plan(config, HERE, 1, Counts(5)).notes == ["the data has 5 conversations, fewer than the 16 of a step"]
     uneven = make_plan(config_of(train__micro_batch=5), HERE, 1)
     assert (uneven.micro_batch, uneven.accumulation, uneven.notes) == (4, 4, [])
     assert make_plan(config_of(train__conversations_per_step=7, train__micro_batch=4), HERE, 1).notes == [
@@ -361,7 +362,7 @@ def test_length_of_steps_in_tokens(
     values: dict[str, Any], counted: tuple[int | None, int], steps: int, epochs: float, per_step: int, step_tokens: int
 ) -> None:
     config = config_of(**{"train__tokens_per_step": 8192, "optim__warmup_steps": 1, **values})
-    plan = make_plan(config, HERE, 1, counted[0], tokens=counted[1], longest_tokens=480 if counted[1] else 0)
+    plan = make_plan(config, HERE, 1, Counts(counted[0], tokens=counted[1], longest_tokens=480 if counted[1] else 0))
     assert (plan.steps, plan.epochs) == (steps, epochs)
     assert (plan.conversations_per_step, plan.tokens_per_step) == (per_step, step_tokens)
 
@@ -369,13 +370,13 @@ def test_length_of_steps_in_tokens(
 def test_steps_in_tokens_are_divided_as_they_come() -> None:
     """Ranks need not get equally many; a typed micro-batch is kept, as a smaller one would only make more of them in some steps."""
     config = config_of(train__tokens_per_step=8192, model__known_as="smollm2-135m", data__max_tokens=64)
-    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=480)
+    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, Counts(4000, tokens=312_000, longest_tokens=480))
     assert (plan.micro_batch, plan.accumulation) == (13, 3), "35 conversations a rank of 78 tokens, 1,024 in a forward"
     config.train.micro_batch = 40
-    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, 4000, tokens=312_000, longest_tokens=64)
+    plan = make_plan(config, replace(HERE, ram_gib=99.0), 3, Counts(4000, tokens=312_000, longest_tokens=64))
     assert (plan.micro_batch, plan.accumulation) == (40, 1)
     assert plan.deepspeed["gradient_accumulation_steps"] == 2, "a step may have more than the mean"
-    few = make_plan(config_of(train__tokens_per_step=64, optim__warmup_steps=1), replace(HERE, ram_gib=99.0), 4, 40, tokens=1600, longest_tokens=60)
+    few = make_plan(config_of(train__tokens_per_step=64, optim__warmup_steps=1), replace(HERE, ram_gib=99.0), 4, Counts(40, tokens=1600, longest_tokens=60))
     assert (few.micro_batch, few.accumulation, few.conversations_per_step) == (1, 1, 2)
     assert few.notes == ["a step has about 2 conversations for 4 ranks: some compute nothing"]
 
@@ -383,7 +384,7 @@ def test_steps_in_tokens_are_divided_as_they_come() -> None:
 def test_what_is_odd_about_steps_in_tokens_is_noted() -> None:
     def notes(*counted: int, **values: Any) -> list[str]:
         conversations, tokens, longest = counted or (0, 0, 0)
-        return make_plan(config_of(**values), HERE, 1, conversations, tokens=tokens, longest_tokens=longest).notes
+        return make_plan(config_of(**values), HERE, 1, Counts(conversations, tokens=tokens, longest_tokens=longest)).notes
 
     assert notes(train__tokens_per_step=8192) == notes(4000, 312_000, 480, train__tokens_per_step=8192) == []
     assert notes(train__tokens_per_step=8192, train__conversations_per_step=64) == [
@@ -398,7 +399,7 @@ def test_what_is_odd_about_steps_in_tokens_is_noted() -> None:
 def test_flops_of_a_step_in_tokens_are_a_bound() -> None:
     """Of 8,211 tokens on the mean a step has up to one longest conversation more, and attention costs most where all are that long."""
     config = config_of(train__tokens_per_step=8192)
-    plan = make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480)
+    plan = make_plan(config, HERE, 1, Counts(4000, tokens=312_000, longest_tokens=480))
     tokens = 8211 + 480
     for length in (1, 100, 480):
         lengths = [length] * (tokens // length) + [tokens % length]
@@ -420,7 +421,7 @@ def test_attention_cost_is_in_proportion_to_flops(values: dict[str, Any]) -> Non
 def test_packed_rows_are_planned_as_long_as_they_are() -> None:
     """A row has max_tokens tokens, however short the conversations in it; how many rows a step has is not known."""
     config = config_of(data__batching=Batching.packed, train__micro_batch=4)
-    plan = make_plan(config, HERE, 1, 4000, longest_tokens=100)
+    plan = make_plan(config, HERE, 1, Counts(4000, longest_tokens=100))
     assert (plan.longest_tokens, plan.micro_batch, plan.packed) == (512, 4, True)
     assert plan.memory == memory_gib(plan.shape, config, 1, 4 * 512, cpu=True)
     assert "16 conversations <= 4 rows in a micro-batch x 4 accumulated x 1 rank" in describe(plan)
@@ -434,7 +435,7 @@ def refused(
     config: Config, machine: Machine = HERE, world_size: int = 1, conversations: int | None = None, **more: Any
 ) -> list[str]:
     with pytest.raises(PlanError) as refusal:
-        make_plan(config, machine, world_size, conversations, **more)
+        make_plan(config, machine, world_size, Counts(conversations), **more)
     assert isinstance(refusal.value, Refusal)
     assert str(refusal.value).splitlines() == refusal.value.problems
     return refusal.value.problems
@@ -502,7 +503,7 @@ def test_tokens_need_not_divide_by_the_ranks() -> None:
 def test_warm_up_is_held_against_the_data_too() -> None:
     (line,) = refused(config_of(train__epochs=1.0), conversations=100)
     assert line.startswith("optim.warmup_steps=10: the run has only 7 steps")
-    assert make_plan(config_of(train__epochs=1.0), HERE, 1, 1000).steps == 63
+    assert make_plan(config_of(train__epochs=1.0), HERE, 1, Counts(1000)).steps == 63
 
 
 def test_everything_is_said_at_once() -> None:
@@ -625,7 +626,7 @@ def test_every_card_can_be_planned_for(key: str) -> None:
     config = config_of(
         hardware__card=key, precision__compute=compute, model__known_as="qwen2.5-7b", method__base=Base.nf4
     )
-    plan = make_plan(config, machine, 1, 1000)
+    plan = make_plan(config, machine, 1, Counts(1000))
     assert (plan.card, plan.peak_flops) == (key, card.peak[compute.value])
     assert plan.memory_gib <= 0.92 * card.memory_gib
 
@@ -691,7 +692,7 @@ def test_deepspeed_understands_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_describe_fits_a_glance() -> None:
     config = config_of(**ON_A10, name="lora_a10", model__known_as="qwen2.5-1.5b", data__max_tokens=2048)
-    plan = make_plan(config, A10S, 4, 4000)
+    plan = make_plan(config, A10S, 4, Counts(4000))
     text = describe(plan)
     lines = text.splitlines()
     assert len(lines) <= 14
@@ -710,7 +711,7 @@ def test_describe_fits_a_glance() -> None:
 def test_describe_says_steps_in_tokens() -> None:
     config = config_of(train__tokens_per_step=8192)
     words = "at most 13 in a micro-batch x about"
-    text = describe(make_plan(config, HERE, 1, 4000, tokens=312_000, longest_tokens=480))
+    text = describe(make_plan(config, HERE, 1, Counts(4000, tokens=312_000, longest_tokens=480)))
     assert f"~8,211 tokens, about 105 conversations, {words} 9 accumulated x 1 rank" in text
     assert "114 steps = 3 epochs of 4,000 conversations" in text
     text = describe(make_plan(config, HERE, 2, local_size=1))
@@ -724,7 +725,7 @@ def test_a_common_beginning_leaves_room_for_more_conversations() -> None:
 
     def plan(common: int, **more: Any) -> Any:
         settings = config_of(train__conversations_per_step=64, **more)
-        return make_plan(settings, HERE, 1, 4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=common)
+        return make_plan(settings, HERE, 1, Counts(4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=common))
 
     alone, sharing = plan(0), plan(1200)
     assert (alone.micro_batch, sharing.micro_batch) == (1, 10), "1,024 / 1,300 and 1,024 / 100, evenly"
@@ -733,7 +734,7 @@ def test_a_common_beginning_leaves_room_for_more_conversations() -> None:
     assert plan(1200, data__batching=Batching.padded).micro_batch == 1, "there nothing is shared"
     known = {"hardware__peak": 5e11, "train__micro_batch": 16}
     assert plan(1200, **known).time["matmul"] < 0.25 * plan(0, **known).time["matmul"], "1,200 + 16 x 100 tokens and 16 x 1,300"
-    assert make_plan(config, T4, 1, 4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=1200).micro_batch >= 1
+    assert make_plan(config, T4, 1, Counts(4000, tokens=4000 * 1300, longest_tokens=1310, common_tokens=1200)).micro_batch >= 1
 
 
 def test_describe_says_what_is_not_known_yet() -> None:
@@ -759,25 +760,25 @@ def test_a_plan_is_frozen_and_pure() -> None:
 def test_time_is_the_roofline() -> None:
     """Four times the tokens take at least four times as long; a card with twice of everything half as long."""
     config = config_of(**ON_A10, model__known_as="qwen2.5-1.5b", train__micro_batch=1, train__conversations_per_step=4)
-    one, four = (make_plan(config, A10S, 1, longest_tokens=tokens) for tokens in (128, 512))
+    one, four = (make_plan(config, A10S, 1, Counts(longest_tokens=tokens)) for tokens in (128, 512))
     assert 4 * one.time["matmul"] < four.time["matmul"] < 4.2 * one.time["matmul"]
     assert four.step_s > one.step_s > one.flops.executed / 125e12, "no faster than the peak"
-    short = make_plan(config, A10S, 1, longest_tokens=32)
+    short = make_plan(config, A10S, 1, Counts(longest_tokens=32))
     assert short.time["operators"] > four.time["operators"], "a short micro-batch leaves the card waiting"
     assert one.time["communication"] == 0
-    assert make_plan(config, A10S, 4, longest_tokens=512).time["communication"] > 0
+    assert make_plan(config, A10S, 4, Counts(longest_tokens=512)).time["communication"] > 0
 
 
 def test_tokens_and_hours_follow() -> None:
     config = config_of(**ON_A10, model__known_as="qwen2.5-1.5b", hardware__price_per_h=1.2)
-    plan = make_plan(config, A10S, 4, 4000, tokens=4000 * 100, longest_tokens=480)
+    plan = make_plan(config, A10S, 4, Counts(4000, tokens=4000 * 100, longest_tokens=480))
     assert plan.expected_tokens == 16 * 100, "the mean of the data where it is counted"
     assert make_plan(config, A10S, 4).expected_tokens == 16 * 512
     assert plan.tokens_per_s == pytest.approx(plan.expected_tokens / plan.step_s)
     assert plan.hours == pytest.approx(plan.steps * plan.step_s / 3600)
     assert plan.cost == pytest.approx(4 * 1.2 * plan.hours)
     assert f"cost {plan.cost:.2f}" in describe(plan)
-    assert "cost" not in describe(make_plan(config_of(**ON_A10, model__known_as="qwen2.5-1.5b"), A10S, 4, 4000))
+    assert "cost" not in describe(make_plan(config_of(**ON_A10, model__known_as="qwen2.5-1.5b"), A10S, 4, Counts(4000)))
 
 
 def test_disk_is_what_a_run_keeps() -> None:

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan.add_argument("--ranks", type=int, default=0, metavar="N", help="ranks (hardware.count, or a rank for each card that is here)")
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that the ranks are on (1)")
     plan.add_argument("--fit", action="store_true", help="what fits: methods and ZeRO stages down, lengths across")
+    plan.add_argument("--data", action="store_true", help="read the data first, as a run does, and reckon with what is in it")
     chat = commands.add_parser("chat", help="talk with what a run made")
     chat.add_argument("run", type=Path, help="the run folder, outputs/NAME/ID")
     chat.add_argument("--once", metavar="TEXT", help="answer this one text and leave")
@@ -187,19 +188,28 @@ def finished(run: Path) -> Path:
 
 def planned(asked: argparse.Namespace) -> str:
     """The plan of a run, or what fits; raises Refusal where it cannot go as asked."""
-    from tunesmith.plan import shape_needs_files
+    from tunesmith.plan import UNCOUNTED, shape_needs_files
     from tunesmith.plan.table import plan_text
 
     if asked.ranks < 0:
         raise Refusal(f"--ranks {asked.ranks}: a run has at least one — type --ranks 1")
     if asked.nodes < 1:
         raise Refusal(f"--nodes {asked.nodes}: a run has at least one — type --nodes 1")
-    config, folder = compose(asked.words), None
-    if shape_needs_files(config.model.path, config.model.known_as):
+    if asked.data and asked.fit:
+        raise Refusal("--data --fit: what fits goes over lengths, not over those of some data — leave one of them out")
+    config, folder, counts = compose(asked.words), None, UNCOUNTED
+    if asked.data or shape_needs_files(config.model.path, config.model.known_as):
         from tunesmith.model.source import model_folder
 
         folder = model_folder(config.model)
-    return plan_text(config, this_machine(), ranks=asked.ranks, nodes=asked.nodes, table=asked.fit, model_folder=folder)
+    if asked.data:
+        from tunesmith import data, model
+
+        data.prepare_files(config)
+        counts = data.load(config, model.load_tokenizer(folder or model.model_folder(config.model))).counts(config)
+    return plan_text(
+        config, this_machine(), counts=counts, ranks=asked.ranks, nodes=asked.nodes, table=asked.fit, model_folder=folder
+    )  # fmt: skip
 
 
 def data_config(words: Sequence[str]) -> Config:

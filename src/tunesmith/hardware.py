@@ -403,6 +403,8 @@ class Overheads:
     """Read and written by an elementwise operator, operands of 4 MB."""
     operator_s: float
     """An operator on eight numbers, in autograd, forward or backward."""
+    function_s: float
+    """The same as an autograd function that is written in Python."""
     random_s: float
     """One number of a dropout mask."""
 
@@ -420,19 +422,31 @@ def overheads(machine: Machine, threads: int, *, measure: bool = True) -> Overhe
     one, other, small = torch.randn(1 << 20), torch.randn(1 << 20), torch.ones(8, requires_grad=True)
     mask = torch.empty(1 << 18)
 
-    def chain() -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * 1.5
+
+        @staticmethod
+        def backward(ctx: Any, *of_outputs: torch.Tensor) -> torch.Tensor:
+            (_,) = ctx.saved_tensors
+            return of_outputs[0] * 1.5
+
+    def chain(link: Callable[[torch.Tensor], torch.Tensor]) -> None:
         x = small
         for _ in range(50):
-            x = x * 1.5
+            x = link(x)
         x.sum().backward()  # type: ignore[no-untyped-call]  # torch's
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        added, chained, drawn = (_best_s(work) for work in (lambda: one + other, chain, lambda: mask.bernoulli_(0.9)))
+        works = (lambda: one + other, lambda: chain(lambda x: x * 1.5), lambda: chain(Scaled.apply), lambda: mask.bernoulli_(0.9))
+        added, chained, called, drawn = map(_best_s, works)
     finally:
         torch.set_num_threads(before)
-    found = Overheads(12 * len(one) / added, chained / 100, drawn / len(mask))
+    found = Overheads(12 * len(one) / added, chained / 100, called / 100, drawn / len(mask))
     for key, value in zip(keys, astuple(found), strict=True):
         _remember(key, value)
     return found

@@ -19,6 +19,7 @@ from tunesmith.config import Config, Prepare, Refusal
 from tunesmith.data.beginning import Behind, before_first_question, common_beginning
 from tunesmith.data.conversations import Call, Conversation, Turn
 from tunesmith.data.examples import Example, Examples, ListedExamples
+from tunesmith.plan import Counts
 
 if TYPE_CHECKING:
     from tunesmith.data.parts import Part
@@ -87,6 +88,11 @@ class Dataset:
         chosen = np.unique(np.linspace(0, len(self.train) - 1, LOOKED_AT).astype(np.int64))
         common = len(common_beginning((one := self.train[int(number)]).ids[: one.computed] for number in chosen))
         return common if common >= LEAST_SHARED else 0
+
+    def counts(self, config: Config) -> Counts:
+        """What a plan has to know of all this."""
+        states = len(self.beginnings) if config.method.cache_frozen else 0
+        return Counts(len(self.train), self.tokens, self.longest_tokens, self.common_tokens, len(self.beginning), states)
 
 
 def prepare_files(config: Config) -> None:

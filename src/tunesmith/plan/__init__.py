@@ -17,8 +17,9 @@ from typing import Any
 from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
 from tunesmith.hardware import Machine, overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
+from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BUCKET, BYTES, TARGET_SHARE, memory_gib, state_number_bytes
+from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes
 from tunesmith.plan.network import traffic
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
@@ -26,8 +27,9 @@ from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, mu
 from tunesmith.plan.words import beside, describe
 
 __all__ = [
-    "Cache", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe", "engine_choices", "make_plan", "memory_gib",
-    "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch", "trained_weights",
+    "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe", "engine_choices",
+    "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch",
+    "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -38,6 +40,24 @@ CPU_TOKENS = 1024
 """Tokens in one forward on a CPU, common beginnings left out, that more of them would not be much faster than, and memory grows with them:
 830 are as fast as 1,660 on an Intel CPU, with two thirds of the memory, and cost an AMD one 8 % (docs/log.md)."""
 
+
+@dataclass(frozen=True)
+class Counts:
+    """What is known of the training data; nothing of it before it has been read."""
+
+    conversations: int | None = None
+    tokens: int = 0
+    """Of all of them."""
+    longest_tokens: int = 0
+    common_tokens: int = 0
+    """That all begin with, and a micro-batch computes once."""
+    beginning: int = 0
+    """Tokens that are read once for all, before the run (method.alora)."""
+    beginnings: int = 0
+    """States that method.cache_frozen keeps."""
+
+
+UNCOUNTED = Counts()
 
 @dataclass(frozen=True)
 class Cache:
@@ -179,32 +199,21 @@ def make_plan(
     config: Config,
     machine: Machine,
     world_size: int,
-    conversations: int | None = None,
+    counts: Counts = UNCOUNTED,
     *,
-    tokens: int = 0,
     local_size: int = 0,
-    longest_tokens: int = 0,
-    common_tokens: int = 0,
     model_folder: Path | None = None,
     micro_limit: int = 0,
-    beginning: int = 0,
-    beginnings: int = 0,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
-    conversations, tokens, longest_tokens and common_tokens (which all begin with, and which a micro-batch computes once): the
-    training data's, where it has been counted (None and 0: not yet; the plan then reckons with data.max_tokens). local_size: ranks on
-    this machine (0: all of them). model_folder: the model's files, where they are here. beginning: tokens that are read once for all,
-    before the run (method.alora). micro_limit: most conversations in a micro-batch, as a larger one ran out of memory (0: no limit).
-    beginnings: states that method.cache_frozen keeps (0: not counted). With engine.fit the plan's `config` has what it chose, and
-    runs go by that.
+    Where the data has not been counted, the plan reckons with data.max_tokens in every conversation. local_size: ranks on this machine (0:
+    all of them). model_folder: the model's files, where they are here. micro_limit: most conversations in a micro-batch, as a larger one
+    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that.
     """
 
     def plan(tried: Config) -> Plan:
-        return _plan(
-            tried, machine, world_size, conversations, tokens, local_size, longest_tokens, common_tokens, model_folder, micro_limit,
-            beginning, beginnings,
-        )  # fmt: skip
+        return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
 
     return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
 
@@ -246,8 +255,7 @@ def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _plan(
-    config: Config, machine: Machine, world_size: int, conversations: int | None, tokens: int, local_size: int, longest_tokens: int,
-    common_tokens: int, model_folder: Path | None, micro_limit: int, beginning: int, beginnings: int,
+    config: Config, machine: Machine, world_size: int, counts: Counts, local_size: int, model_folder: Path | None, micro_limit: int
 ) -> Plan:  # fmt: skip
     """The plan of a config in which nothing is left to choose but the micro-batch."""
     shape, unknown = None, []
@@ -256,9 +264,10 @@ def _plan(
     except ValueError as error:
         unknown = [str(error)]
     train, max_tokens = config.train, config.data.max_tokens
+    conversations, tokens, beginning = counts.conversations, counts.tokens, counts.beginning
     if train.tokens_per_step and not tokens:
         conversations = None  # their number alone does not say how many steps they make
-    longest = max_tokens if config.data.batching is Batching.packed else longest_tokens or max_tokens
+    longest = max_tokens if config.data.batching is Batching.packed else counts.longest_tokens or max_tokens
     countable = train.conversations_per_step >= 1 and train.tokens_per_step >= 0 and math.isfinite(train.epochs)
     steps, epochs = _length(train, conversations, tokens) if countable else (0, 0.0)
     counted = changed(config, {"data.max_tokens": longest})
@@ -274,7 +283,7 @@ def _plan(
     room_gib = limit_gib and max(0.1, limit_gib - kept_gib)
     expected = step_tokens or per_step * (min(longest, round(tokens / conversations)) if tokens and conversations else longest)
     mean = max(1, round(expected / per_step))
-    common = min(common_tokens, mean - 1) if config.data.batching is Batching.ragged else 0
+    common = min(counts.common_tokens, mean - 1) if config.data.batching is Batching.ragged else 0
     in_memory = common if on_cpu else 0  # a card's kernels may want what conversations share once for each
     micro, accumulation = _split(config, world_size, per_step, shape, longest, in_memory, mean - common, room_gib, on_cpu, micro_limit)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
@@ -303,7 +312,7 @@ def _plan(
     cache = None
     if config.method.cache_frozen:
         above, method = above_frozen(shape, config.method)
-        cache = Cache(beginnings, state_number_bytes(shape, config), *effort(above, replace(config, method=method)))
+        cache = Cache(counts.beginnings, state_number_bytes(shape, config), *effort(above, replace(config, method=method)))
     tokens_in_memory = in_memory + micro * (longest - in_memory)
     memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
@@ -334,7 +343,9 @@ def _plan(
         attention_cost=_attention_cost(shape, config),
         peak_flops=peak,
         peak_note=peak_note,
-        deepspeed=_deepspeed(config, micro, accumulation, on_cpu),
+        # The engine says itself which micro-batch is a step's last. But with offload, versions of DeepSpeed accumulate only where this
+        # number is above 1, and a step larger than the mean may have two micro-batches.
+        deepspeed=deepspeed_config(config, micro, max(2, accumulation) if _varies(config) else accumulation, on_cpu),
         notes=[],
         expected_tokens=expected,
         time=seconds,
@@ -342,7 +353,7 @@ def _plan(
         cache=cache,
         config=config,
     )
-    return replace(plan, notes=list(_notes(config, plan, tokens, longest_tokens, on_cpu)))
+    return replace(plan, notes=list(_notes(config, plan, tokens, counts.longest_tokens, on_cpu)))
 
 
 def steps_per_epoch(conversations: int, tokens: int, conversations_per_step: int, tokens_per_step: int = 0) -> int:
@@ -444,48 +455,6 @@ def _flops(
         micro_batches=micro_batches, gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(config),
         beginning=beginning,
     )  # fmt: skip
-
-
-def _deepspeed(config: Config, micro: int, accumulation: int, on_cpu: bool) -> dict[str, Any]:
-    if config.engine.kind is not EngineKind.deepspeed:
-        return {}
-    zero: dict[str, Any] = {
-        "stage": config.engine.zero,
-        "overlap_comm": not on_cpu,  # there are no streams to overlap on a CPU
-        "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
-    }
-    if config.engine.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu}
-    half: dict[str, Any] = {}
-    if config.precision.compute is Compute.fp16:
-        # Starts at 2^16, halves at an overflow, doubles after 1000 steps without one (arXiv 1710.03740).
-        scaling = {
-            "loss_scale": 0,
-            "initial_scale_power": 16,
-            "loss_scale_window": 1000,
-            "hysteresis": 2,
-            "min_loss_scale": 1,
-        }
-        half = {"fp16": {"enabled": True, **scaling}}
-    elif config.precision.compute is Compute.bf16:
-        half = {"bf16": {"enabled": True}}
-    # The engine says itself which micro-batch is a step's last. But with offload, versions of DeepSpeed accumulate only where
-    # this number is above 1, and a step larger than the mean may have two micro-batches.
-    steps = max(2, accumulation) if _varies(config) else accumulation
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": steps,
-        "zero_optimization": zero,
-        "gradient_clipping": config.optim.clip,
-        **half,
-        "zero_allow_untested_optimizer": True,  # the optimizer is torch's or bitsandbytes' in every case ...
-        "zero_force_ds_cpu_optimizer": False,  # ... with offload too
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-        "comms_logger": {"enabled": on_cpu, "verbose": False, "prof_all": True, "debug": False},
-    }
 
 
 def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) -> Iterator[str]:

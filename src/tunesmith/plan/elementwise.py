@@ -105,6 +105,7 @@ class Elementwise(Linears):
     def norm_again(self, x: Value, groups: int) -> Value:
         """RMSNorm as one operator, which keeps x and 1 / rms."""
         size, numbers, halves = x.size, x.rows * x.width, x.bytes < 4
+        self.function()
         if self.setting.native and not halves:
             return self.norm_natively(x, groups)
         wide = self.block(4 * numbers if halves else 0)
@@ -118,6 +119,7 @@ class Elementwise(Linears):
             return self.block(size) if halves else whole
 
         def run(_: list[Block], saved: object = (x.block, root)) -> Gradients:
+            self.function()
             of_n = self.block(size)
             if halves:
                 of_n = self.block(4 * numbers)
@@ -139,7 +141,11 @@ class Elementwise(Linears):
         def made(_: object = (x.block, root)) -> Block:
             return self.block(size)
 
-        out = self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=(x.block, root): (self.block(size),), block=y)  # type: ignore[misc]
+        def run(_: list[Block], saved: object = (x.block, root)) -> Gradients:
+            self.function()
+            return (self.block(size),)
+
+        out = self.apply((x,), x.rows, x.width, x.bytes, run, block=y)
         out.again = made
         return out
 
@@ -148,11 +154,13 @@ class Elementwise(Linears):
         if not self.setting.again or gate.bytes != up.bytes:
             return self.multiply(self.silu(gate), up)
         size = gate.size
+        self.function()
 
         def made(_: object = (gate.block, up.block)) -> Block:
             return self.block(size)
 
         def run(_: list[Block], saved: object = (gate.block, up.block)) -> Gradients:
+            self.function()
             of_up, product = self.block(size), None if self.setting.native and gate.bytes == 4 else self.block(size)
             of_gate = self.block(size)
             del product
@@ -176,7 +184,13 @@ class Elementwise(Linears):
         bytes = max(x.bytes, self.angle_bytes)
         if self.setting.native and not self.shape.fused and bytes == x.bytes == self.angle_bytes == 4:
             turned_back = x.size
-            return self.apply((x,), x.rows, x.width, x.bytes, lambda _, saved=self.angles: (self.block(turned_back),))  # type: ignore[misc]
+            self.function()
+
+            def run_natively(_: list[Block], saved: Block = self.angles) -> Gradients:
+                self.function()
+                return (self.block(turned_back),)
+
+            return self.apply((x,), x.rows, x.width, x.bytes, run_natively)
         full, given = x.rows * x.width * bytes, x.size
         cosine = self.block(full)
         half = self.block(given / 2)

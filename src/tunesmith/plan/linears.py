@@ -60,8 +60,10 @@ class Linears(Tape):
         saved = (x.block if trained else None, weight if wanted and not quantised else None)
         size = x.size
         self.heap.products += not self.stopped
+        self.function(bool(quantised))
 
         def run(_: list[Block], saved: object = saved) -> Gradients:
+            self.function(bool(quantised))
             self.heap.products += wanted + trained
             dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
             gradient = self.block(size) if wanted else None
@@ -94,8 +96,10 @@ class Linears(Tape):
         if wanted:
             (self.pinned_again if self.again else self.pinned).append((x.block, x.again))
         self.heap.products += not self.stopped
+        self.function()
 
         def run(_: list[Block]) -> Gradients:
+            self.function()
             self.heap.products += 1
             weight = self.dequantised(inputs * outputs, given)
             of_y = self.block(rows * outputs * given) if bytes != given else None
@@ -118,8 +122,10 @@ class Linears(Tape):
         x = self.cast(x, self.setting.compute) if self.setting.autocast else x
         bytes, rows, width = x.bytes, x.rows, x.width
         (y,) = self.integers(rows, width, (outputs,), bytes)
+        self.function()
 
         def run(_: list[Block]) -> Gradients:
+            self.function()
             self.heap.products += 1
             return tuple(self.integers(rows, outputs, (width,), bytes))
 
@@ -185,6 +191,7 @@ class Linears(Tape):
             narrow = narrowed(ranks * inputs)
             return (narrow,) if narrow else (whole,)
 
+        self.function()
         weights = stacked()
         inner = self.block(rows * ranks * bytes)
         del weights
@@ -209,6 +216,7 @@ class Linears(Tape):
         """The outputs' gradients, as they come."""
 
         def run(_: list[Block], saved: tuple[Block | None, Block] = (kept, inner)) -> Gradients:
+            self.function()
             self.heap.products += 2 * count + 1 + (matmuls + 1) * wanted
             of_inner = self.block(saved[1].size)
             of_weights = []

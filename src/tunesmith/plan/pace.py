@@ -34,6 +34,8 @@ class Speed:
     """Memory traffic of elementwise operators, reads and writes."""
     operator_s: float
     """Host time of one operator: on a CPU added to its work, on a card hidden as long as the card has enough to do."""
+    function_s: float
+    """Host time of an autograd function in Python, beside the operators in it."""
     random_s: float
     """One number of a dropout mask."""
     link_bytes_per_s: float
@@ -42,21 +44,22 @@ class Speed:
     """Between a card and main memory, one way."""
 
 
-# A CPU: shares of what `hardware.overheads` measures there, by least squares over the grid of bench/pace.py and four steps of
-# bench/roofline.py, on two cores of an AMD EPYC with AVX-512 (2026-11-24). fp32's share is set, not fitted: what matmuls of SmolLM2-135M
-# reach of the rate at 2048 x 2048. Small matmuls pay for their kernel's start, which is seen apart (docs/log.md: 25 microseconds). An
-# operator of a model is several calls of Python; its blocks are in a cache less often than two of 4 MB.
-CPU_MATMUL = {Compute.fp32: 0.85, Compute.bf16: 0.29, Compute.fp16: 0.29}
-CPU_ATTENTION = {Compute.fp32: 0.20, Compute.bf16: 0.14, Compute.fp16: 0.14}
-CPU_PRODUCT = {Compute.fp32: 9.8, Compute.bf16: 6.9, Compute.fp16: 6.9}
+# A CPU: shares of what `hardware.overheads` measures there, by least squares over bench/pace.py's steps on two cores of an Intel Xeon with
+# AMX (2026-11-29), the medians of three measurements. fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
+# 2048 x 2048. That of halves is low, as AMX's peak is far above what bringing matrices into its layout allows. Small matmuls pay for their
+# kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
+CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.12, Compute.fp16: 0.12}
+CPU_ATTENTION = {Compute.fp32: 0.21, Compute.bf16: 0.17, Compute.fp16: 0.17}
+CPU_PRODUCT = {Compute.fp32: 8.9, Compute.bf16: 33.0, Compute.fp16: 33.0}
 """Of operator_s."""
-CPU_BANDWIDTH = 0.19
-CPU_OPERATOR = 5.7
-CPU_RANDOM = 0.65
+CPU_BANDWIDTH = 0.28
+CPU_OPERATOR = 2.1
+CPU_FUNCTION = 22.0
+CPU_RANDOM = 0.6
 CPU_INT8 = 4.0
 """How many times as fast as fp32 matmuls those of int8 are: 64 numbers an instruction with AVX-512 VNNI and not 16; 2,000 and 490 GOPS were
-measured there."""
-TYPICAL = Overheads(190e9, 2.6e-6, 4.1e-9)
+measured on an AMD EPYC, 2,000 to 3,700 and 400 here."""
+TYPICAL = Overheads(43e9, 4.0e-6, 8.7e-6, 5.0e-9)
 """Of that machine, for one where nothing has been measured yet."""
 CPU_LINK = 1.5e9
 """Gloo over one machine's memory, 1 to 2 GB/s; declared."""
@@ -72,6 +75,8 @@ LINK_SHARE = 0.75
 """Of a link's rate, that NCCL and pinned copies reach; declared."""
 LAUNCH_S = 8e-6
 """Host time of an operator in eager PyTorch with a kernel launch; declared, 5 to 10 microseconds."""
+FUNCTION_S = 3e-5
+"""Of an autograd function in Python beside that; declared, 20 to 40 microseconds."""
 MAIN_MEMORY = 20e9
 """Bytes/s of AdamW in main memory, offloaded; declared."""
 
@@ -82,12 +87,12 @@ def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = 
         cpu = overheads or TYPICAL
         return Speed(
             CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_PRODUCT[compute] * cpu.operator_s, CPU_BANDWIDTH * cpu.bytes_per_s,
-            CPU_OPERATOR * cpu.operator_s, CPU_RANDOM * cpu.random_s,
+            CPU_OPERATOR * cpu.operator_s, CPU_FUNCTION * cpu.function_s, CPU_RANDOM * cpu.random_s,
             CPU_LINK, MAIN_MEMORY,
         )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
-    return Speed(share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, 0.0, link, host)
+    return Speed(share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, FUNCTION_S, 0.0, link, host)
 
 
 def step_seconds(
@@ -105,14 +110,16 @@ def step_seconds(
     trained: int,
     targets: int | None = None,
     overheads: Overheads | None = None,
+    speed: Speed | None = None,
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
     local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step, `attention` of them over scores. tokens: of
     one of its `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
-    with a loss (None: TARGET_SHARE of them). overheads: of this CPU.
+    with a loss (None: TARGET_SHARE of them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
     """
-    speed, compute = speed_of(card, config.precision.compute, overheads), BYTES[config.precision.compute]
+    compute = BYTES[config.precision.compute]
+    speed = speed or speed_of(card, config.precision.compute, overheads)
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
@@ -121,7 +128,7 @@ def step_seconds(
     matmul = (linear / speed.matmul_share + attention / speed.attention_share) / peak_flops
     matmul += accumulation * work.products * speed.product_s
     memory = accumulation * ((1 + READS) * work.written / speed.bytes_per_s + work.random * speed.random_s)
-    host = accumulation * work.operators * speed.operator_s
+    host = accumulation * (work.operators * speed.operator_s + work.functions * speed.function_s)
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero

@@ -124,8 +124,10 @@ class Step(Elementwise):
         out = self.block(q.size)
         sums = self.block(q.rows * self.shape.heads * 4)
         sizes = [value.size for value in (q, k, v)]
+        self.function()
 
         def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
+            self.function()
             return tuple(self.block(size) for size in sizes)
 
         return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
@@ -138,6 +140,7 @@ class Step(Elementwise):
         """
         setting, shape = self.setting, self.shape
         virtual = setting.prefix or setting.prompt
+        self.function(not setting.masked)
         if setting.autocast:
             q, k, v = (self.cast(x, setting.compute) for x in (q, k, v))
         if setting.repeats_keys and shape.heads > shape.kv_heads:
@@ -169,6 +172,7 @@ class Step(Elementwise):
         wide = kept[0].size if setting.masked else 0
 
         def run(_: list[Block], saved: object = (q.block, out, sums, *kept)) -> Gradients:
+            self.function(not setting.masked)
             of_context = [self.block(wide) for _ in range(2)]  # of the copied keys, which are summed up for those that share them
             of_outer = self.block(sizes[0])
             gradients = [self.block(size) if size else None for size in sizes]
@@ -302,6 +306,7 @@ class Step(Elementwise):
         x = self.apply((last_hidden_state,), rows, shape.hidden, last_hidden_state.bytes, lambda _: (self.block(size),))
         if setting.whole_logits:
             return self.whole_loss(x)
+        self.function()
         trained, weights = "lm_head" in setting.trained_ends, shape.vocab * shape.hidden
         stored = setting.ends if trained else setting.stored
         bytes = setting.compute if setting.autocast else stored
@@ -390,6 +395,8 @@ class Replayed:
     written: float
     """Bytes of all blocks."""
     operators: int
+    functions: int
+    """Autograd functions in Python, called or gone back through."""
     products: int
     """Matmuls of linear layers and of the head."""
     random: float
@@ -401,4 +408,4 @@ def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> 
     """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
     heap = Heap()
     Step(heap, shape, setting, tokens, targets)
-    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.products, heap.random)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.functions, heap.products, heap.random)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.config import Base, Config, EngineKind, MethodKind, Refusal
 from tunesmith.hardware import CARDS, Machine
-from tunesmith.plan import Plan, PlanError, describe, engine_choices, make_plan
+from tunesmith.plan import UNCOUNTED, Counts, Plan, PlanError, describe, engine_choices, make_plan
 from tunesmith.plan.checks import changed, device_gib, least_gib, target
 from tunesmith.plan.shapes import shape_of
 
@@ -49,8 +49,9 @@ def planned_machine(config: Config, machine: Machine, ranks: int = 0) -> Machine
 
 
 def plan_text(
-    config: Config, machine: Machine, *, ranks: int = 0, nodes: int = 1, table: bool = False, model_folder: Path | None = None
-) -> str:
+    config: Config, machine: Machine, *, counts: Counts = UNCOUNTED, ranks: int = 0, nodes: int = 1, table: bool = False,
+    model_folder: Path | None = None,
+) -> str:  # fmt: skip
     """What `tunesmith plan` prints: the plan, or with table what fits; raises PlanError where the run cannot go as asked.
 
     ranks 0: hardware.count, or the cards of a machine like this times `nodes`, the number of machines.
@@ -64,8 +65,11 @@ def plan_text(
     if table:
         return fit_table(config, there, world, local, model_folder)
     elsewhere = "" if there == machine else f"note     planned for {world} x {config.hardware.card}, which is not here\n"
-    plan = make_plan(config, there, world, local_size=local, model_folder=model_folder)
-    return elsewhere + describe(plan)
+    text = describe(make_plan(config, there, world, counts, local_size=local, model_folder=model_folder))
+    unread = "" if counts.conversations else (
+        f"\nnote     reckoned with {config.data.max_tokens:,} tokens in every conversation and nothing shared; --data reads the files first"
+    )  # fmt: skip
+    return elsewhere + text + unread
 
 
 def fits(config: Config, machine: Machine, world: int, local: int = 0, model_folder: Path | None = None) -> Iterator[Fit]:

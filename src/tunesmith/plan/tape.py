@@ -15,7 +15,8 @@ class Heap:
         self.live = dict.fromkeys(PARTS, 0.0)
         self.total = self.peak = self.written = self.random = 0.0
         """random: numbers drawn for dropout."""
-        self.blocks = self.products = 0
+        self.blocks = self.products = self.functions = 0
+        """functions: autograd functions that are written in Python, called or gone back through."""
         self.at_peak = dict(self.live)
 
 
@@ -75,6 +76,10 @@ class Tape:
         self.stopped = False
         """What comes is not computed: a recomputed layer has been as far as its last saved tensor."""
         self.count = 0
+
+    def function(self, called: bool = True) -> None:
+        """An autograd function in Python is called, or gone back through."""
+        self.heap.functions += called and not self.stopped
 
     def block(self, size: float, part: str = "activations") -> Block:
         return Block(self.heap, 0.0 if self.stopped else size, part)
