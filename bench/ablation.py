@@ -158,7 +158,7 @@ PARTS: dict[str, Part] = {
     "kept inputs": Part("transformers' norms and gates, which keep what they give", _transformers_own),
     "together": Part("queries, keys and values, and gate and up, each by themselves", _each_by_itself),
     "passes": Part("norms, gates and rotary embedding by PyTorch's operators", _pytorchs_operators),
-    "memory kept": Part("glibc gives large blocks back to the system", _given_back),
+    "memory kept": Part("glibc gives large blocks back to the system, and has pages of 4 KB", _given_back),
     "oneDNN": Part("fp32 matmuls by torch's own choice, MKL", _torchs_own),
     INT8: Part("fp32", settings=("method.base=int8", "precision.int8=dynamic")),
 }

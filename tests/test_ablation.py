@@ -71,7 +71,8 @@ def trained(folder: Path, off: Iterable[str], patch: pytest.MonkeyPatch) -> tupl
     loss = module(batches[0])
     loss.backward()
 
-    patch.setattr(hardware.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *words: freed.append(words)))
+    libc = SimpleNamespace(mallopt=lambda *words: freed.append(words), malloc=lambda _: None, free=lambda _: None, madvise=lambda *_: 0)
+    patch.setattr(hardware.ctypes, "CDLL", lambda _: libc)
     for name in ("TOKENIZERS_PARALLELISM", "DS_ACCELERATOR"):
         patch.setenv(name, "cpu")
     hardware.prepare_environment(on_cpu=True)

@@ -251,6 +251,27 @@ def test_on_a_cpu_freed_memory_is_taken_again(on_cpu: bool, pages: int) -> None:
     assert abs(faults - pages) < 100, "64 MiB are 16,384 pages, each cleared by the system when it is first written to"
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="that memory is kept is told to glibc")
+@pytest.mark.skipif(not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="this system has no large pages to give")
+def test_on_a_cpu_tensors_lie_in_large_pages() -> None:
+    code = """if True:
+        from pathlib import Path
+        from resource import RUSAGE_SELF, getrusage
+        from tunesmith.hardware import prepare_environment
+        before = getrusage(RUSAGE_SELF).ru_maxrss
+        prepare_environment(on_cpu=True)
+        reserved = getrusage(RUSAGE_SELF).ru_maxrss - before
+        written = b"x" * (1 << 26)
+        (line,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("AnonHugePages:"))
+        print(line.split()[1], reserved)"""
+    huge, reserved = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert huge * 1024 > 0.9 * (1 << 26)
+    assert reserved < 8 * 1024, "addresses for later take no memory"
+
+
 # --- peaks ---------------------------------------------------------------------------------------------------------
 
 
