@@ -44,16 +44,7 @@ def main(asked: dict[str, Any]) -> None:
     worker.imported()
     switch_off(name for name in PARTS if name in without - BEFORE_TORCH)
     dataset = data.load(config, model.load_tokenizer(base))
-    plan = make_plan(
-        config,
-        machine,
-        1,
-        len(dataset.train),
-        tokens=dataset.tokens,
-        longest_tokens=dataset.longest_tokens,
-        common_tokens=dataset.common_tokens,
-        model_folder=base,
-    )
+    plan = make_plan(config, machine, 1, dataset.counts(config), model_folder=base)
     worker.facts["micro_batch"] = plan.micro_batch
     if asked["tokens"]:
         batches = loop.batches_of(config, plan, dataset)
