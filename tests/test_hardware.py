@@ -272,6 +272,19 @@ def test_on_a_cpu_tensors_lie_in_large_pages() -> None:
     assert reserved < 8 * 1024, "addresses for later take no memory"
 
 
+@pytest.mark.parametrize(("policy", "reserves"), [("0", True), ("1", True), ("2", False)])
+def test_no_addresses_are_reserved_where_each_counts_as_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, reserves: bool
+) -> None:
+    asked: list[int] = []
+    libc = SimpleNamespace(mallopt=lambda *_: 1, malloc=lambda size: asked.append(size), free=lambda _: None, madvise=lambda *_: 0)
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(hardware, "OVERCOMMIT", tmp_path / "overcommit_memory")
+    hardware.OVERCOMMIT.write_text(f"{policy}\n")
+    hardware._keep_freed_memory()
+    assert bool(asked) is reserves
+
+
 # --- peaks ---------------------------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,9 @@ class Machine:
         return f"{cards}, {self.cores} cores, {self.ram_gib:.1f} GiB of RAM ({self.cpu_name or 'unknown CPU'})"
 
 
+OVERCOMMIT = "/proc/sys/vm/overcommit_memory"
+
+
 def prepare_environment(on_cpu: bool) -> None:
     """Set what libraries read when they are imported; call it before torch is."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and later forks do not go together
@@ -177,7 +180,9 @@ def _keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, -1)  # and none of what is freed at the end is given back
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # glibc's heap to come: addresses alone, as nothing is written there. Where the system promises no more than it has, it gives none.
+    if _lines(OVERCOMMIT) == ["2"]:  # where no more is promised than there is, addresses are taken from others
+        return
+    # glibc's heap to come: addresses alone, as nothing is written there.
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if start := libc.malloc(size):
         aligned = (start + huge_page - 1) // huge_page * huge_page
