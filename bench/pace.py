@@ -83,9 +83,9 @@ def measured(case: Case, folder: Path) -> float:
 
 def seconds(case: Case, peak: float, speed: Speed) -> float:
     """Of a step as the plan adds it up, at what a CPU sustains."""
-    tokens, work = case.rows * case.length, flops(case)
+    tokens = case.rows * case.length
     parts = step_seconds(
-        case.shape, case.config(), None, 1, flops=work.executed, attention=work.attention, peak_flops=peak, tokens=tokens,
+        case.shape, case.config(), None, 1, work=flops(case), peak_flops=peak, tokens=tokens,
         accumulation=case.accumulation,
         trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, speed=speed,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def seconds(case: Case, peak: float, speed: Speed) -> float:
 
 NOTHING = Speed(**{field.name: inf if field.name.endswith(("share", "per_s")) else 0.0 for field in fields(Speed)})
 """A CPU to which everything is free."""
-OF_A_TYPE = ("matmul_share", "attention_share", "product_s")
+OF_A_TYPE = ("matmul_share", "attention_share", "context_share", "product_s")
 OF_ALL = ("bytes_per_s", "operator_s", "function_s", "random_s")
 
 

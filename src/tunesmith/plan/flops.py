@@ -29,6 +29,12 @@ class Flops:
     """Done by the kernels, padding and recomputation included: HFU's numerator (arXiv 2205.05198)."""
     attention: float = 0.0
     """Of those executed, the ones over attention's scores, which kernels do at another rate."""
+    over_context: float = 0.0
+    """Of those executed, the ones over scores of keys that conversations share, which may be plain matmuls (model/kernels.py)."""
+
+    def of_a_rank(self, ranks: int) -> Flops:
+        """What each of so many ranks does."""
+        return Flops(self.useful / ranks, self.executed / ranks, self.attention / ranks, self.over_context / ranks)
 
 
 @dataclass(frozen=True)
@@ -127,15 +133,15 @@ def step_flops(
 
     learned, outer, own = scores(padded)
     executed: float = per_logit * (targets if logits_positions is None else logits_positions)
-    over_scores = 0.0
+    over_own = over_context = 0.0
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
-        # Plain matmuls, of which backward makes the scores again (model/attention.py): not as slow as fused attention.
-        # Where a segment has a context besides, the two are one tensor, which wants its gradients.
+        # Plain matmuls, of which backward makes the scores again (model/attention.py). Where a segment has a context besides, the two are
+        # one tensor, which wants its gradients.
         continued = sum(n for n, context in zip(padded, before, strict=True) if context)
         kernels = 5 * sum(padded) + 2 * continued * layer.keys_wanted if layer.score_matmuls else 2 * sum(padded)
-        executed += per_score * beginning * kernels
+        over_context += per_score * beginning * kernels
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
@@ -144,12 +150,14 @@ def step_flops(
             outside, inside = (5 if learns else 3) * bool(outside), 5 * bool(inside)
         else:
             inside = outside
-        over_scores += per_score * ((2 + outside) * (learned + outer) + (2 + inside) * own)
+        over_context += per_score * (2 + outside) * (learned + outer)
+        over_own += per_score * (2 + inside) * own
     for layer in again:
         executed += (layer.forward + layer.dora_forward - layer.saved_last) * sum(padded)
-        executed += (layer.dora_norms + layer.scaled_forward) * micro_batches + per_score * 2 * beginning * sum(padded)
-        over_scores += per_score * 2 * (learned + outer + own)
-    return Flops(useful, executed + over_scores, over_scores)
+        executed += (layer.dora_norms + layer.scaled_forward) * micro_batches
+        over_context += per_score * 2 * (beginning * sum(padded) + learned + outer)
+        over_own += per_score * 2 * own
+    return Flops(useful, executed + over_own + over_context, over_own, over_context)
 
 
 def _layer(shape: ModelShape, method: Method, *, adapted: bool, input_gradient: bool, gathered: bool, in_int8: bool) -> _Layer:

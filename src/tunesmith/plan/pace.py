@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tunesmith.config import Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import Card, Overheads
+from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
 from tunesmith.plan.network import network_bytes_per_s, traffic
 from tunesmith.plan.optimizers import state_bytes
@@ -28,6 +29,8 @@ class Speed:
     """Of the peak, in matmuls of a training step's sizes."""
     attention_share: float
     """Of the peak, over the scores of fused attention."""
+    context_share: float
+    """Of the peak, over scores of keys that conversations share."""
     product_s: float
     """Time that a matmul takes besides: on a CPU a kernel's start; a card's is in operator_s."""
     bytes_per_s: float
@@ -50,6 +53,8 @@ class Speed:
 # kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
 CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.12, Compute.fp16: 0.12}
 CPU_ATTENTION = {Compute.fp32: 0.21, Compute.bf16: 0.17, Compute.fp16: 0.17}
+CPU_CONTEXT = {Compute.fp32: 0.42, Compute.bf16: 0.17, Compute.fp16: 0.17}
+"""In fp32 by plain matmuls, which were measured alone (docs/log.md: 256 queries over 3,061 keys in 11 ms and back in 15)."""
 CPU_PRODUCT = {Compute.fp32: 8.9, Compute.bf16: 33.0, Compute.fp16: 33.0}
 """Of operator_s."""
 CPU_BANDWIDTH = 0.28
@@ -86,13 +91,14 @@ def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = 
     if card is None:
         cpu = overheads or TYPICAL
         return Speed(
-            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_PRODUCT[compute] * cpu.operator_s, CPU_BANDWIDTH * cpu.bytes_per_s,
+            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_CONTEXT[compute], CPU_PRODUCT[compute] * cpu.operator_s,
+            CPU_BANDWIDTH * cpu.bytes_per_s,
             CPU_OPERATOR * cpu.operator_s, CPU_FUNCTION * cpu.function_s, CPU_RANDOM * cpu.random_s,
             CPU_LINK, MAIN_MEMORY,
         )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
-    return Speed(share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, FUNCTION_S, 0.0, link, host)
+    return Speed(share, share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, FUNCTION_S, 0.0, link, host)
 
 
 def step_seconds(
@@ -102,8 +108,7 @@ def step_seconds(
     world_size: int,
     *,
     local_size: int = 0,
-    flops: float,
-    attention: float,
+    work: Flops,
     peak_flops: float,
     tokens: int,
     accumulation: int,
@@ -114,21 +119,21 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
-    local_size: ranks on a machine (0: all are on one). flops: executed by this rank in a step, `attention` of them over scores. tokens: of
-    one of its `accumulation` micro-batches. card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch
-    with a loss (None: TARGET_SHARE of them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
+    local_size: ranks on a machine (0: all are on one). work: this rank's in a step. tokens: of one of its `accumulation` micro-batches.
+    card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of
+    them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
     """
     compute = BYTES[config.precision.compute]
     speed = speed or speed_of(card, config.precision.compute, overheads)
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
-    work = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
+    step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
     gain = card.peak["int8"] / card.peak[config.precision.compute.value] if card and in_int8 and "int8" in card.peak else CPU_INT8
-    linear = flops - attention - in_int8 + in_int8 / gain
-    matmul = (linear / speed.matmul_share + attention / speed.attention_share) / peak_flops
-    matmul += accumulation * work.products * speed.product_s
-    memory = accumulation * ((1 + READS) * work.written / speed.bytes_per_s + work.random * speed.random_s)
-    host = accumulation * (work.operators * speed.operator_s + work.functions * speed.function_s)
+    linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / gain
+    matmul = linear / speed.matmul_share + work.attention / speed.attention_share + work.over_context / speed.context_share
+    matmul = matmul / peak_flops + accumulation * step.products * speed.product_s
+    memory = accumulation * ((1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s)
+    host = accumulation * (step.operators * speed.operator_s + step.functions * speed.function_s)
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero
