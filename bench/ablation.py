@@ -138,7 +138,7 @@ def _pytorchs_operators() -> list[Replacement]:
 def _given_back() -> list[Replacement]:
     from tunesmith import hardware
 
-    return [(hardware, "_keep_freed_memory", lambda: None)]
+    return [(hardware, "_prepare_heap", lambda: None)]
 
 
 def _torchs_own() -> list[Replacement]:

@@ -137,7 +137,7 @@ def main() -> None:
     steps, errors = [], []
     print(f"{threads} threads, {this_machine().cpu_name}\n\n| configuration | predicted ms | measured ms | error |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # what is measured here is no run's
+        os.environ["TUNESMITH_CACHE"] = folder  # what is measured here is no run's
         for case in [*(case for case in grid() if not case.halves), *ROWS]:
             pace = pace_now(len(steps), threads)
             steps.append(step := Measured(case, measured(case, Path(folder)), pace))

@@ -163,10 +163,10 @@ def prepare_environment(on_cpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and later forks do not go together
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for cards that are not to be used, and say so
-        _keep_freed_memory()
+        _prepare_heap()
 
 
-def _keep_freed_memory() -> None:
+def _prepare_heap() -> None:
     """Have glibc keep what is freed for the next tensor: it would give large blocks back, and the system clears each page of new ones.
 
     And in pages of 2 MB where the system has them: in a virtual machine it takes long to look up addresses of pages of 4 KB. 7 % and 5 % of
@@ -426,7 +426,7 @@ class Overheads:
 
 
 def overheads(machine: Machine, threads: int, *, measure: bool = True) -> Overheads | None:
-    """Measured once a machine and kept, a tenth of a second; with measure=False None where it has not been yet."""
+    """Measured once a machine and kept, a fifth of a second; with measure=False None where it has not been yet."""
     keys = [_peak_key(machine.cpu_name, field.name, threads) for field in fields(Overheads)]
     known = _cached_peaks()
     if all(key in known for key in keys):
