@@ -29,7 +29,7 @@ from bench.roofline import ROWS
 from tunesmith.config import Compute
 from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
 from tunesmith.plan import trained_weights
-from tunesmith.plan.pace import CPU_MATMUL, Speed, speed_of, step_seconds
+from tunesmith.plan.pace import CPU_CONTEXT, CPU_MATMUL, Speed, speed_of, step_seconds
 
 REPEATS, MOST_S = 10, 12.0
 
@@ -94,13 +94,15 @@ def seconds(case: Case, peak: float, speed: Speed) -> float:
 
 NOTHING = Speed(**{field.name: inf if field.name.endswith(("share", "per_s")) else 0.0 for field in fields(Speed)})
 """A CPU to which everything is free."""
-OF_A_TYPE = ("matmul_share", "attention_share", "context_share", "product_s")
-OF_ALL = ("bytes_per_s", "operator_s", "function_s", "random_s")
+FITTED: tuple[tuple[str, Compute | None], ...] = (
+    ("matmul_share", Compute.bf16), ("attention_share", Compute.fp32), ("attention_share", Compute.bf16), ("product_s", Compute.fp32),
+    ("product_s", Compute.bf16), ("bytes_per_s", None), ("operator_s", None), ("function_s", None), ("random_s", None),
+)  # fmt: skip
+"""What is found by least squares, for one type or for all; fp32's share of matmuls and that over shared keys are set."""
 
 
 def fit(steps: list[Measured]) -> None:
-    """Print what plan/pace.py declares for a CPU, fp32's share of matmuls taken from there: relative errors of every second step least."""
-    names = [*((name, compute) for name in OF_A_TYPE for compute in steps[0].pace.peaks), *((name, None) for name in OF_ALL)]
+    """Print what plan/pace.py declares for a CPU, but for what is set there: relative errors of every second step least."""
 
     def part(step: Measured, name: str, compute: Compute | None) -> float:
         """Of the step's seconds, what comes with one constant, at 1."""
@@ -111,16 +113,20 @@ def fit(steps: list[Measured]) -> None:
         unit["product_s"] = cpu.operator_s
         return seconds(step.case, step.peak, replace(NOTHING, **{name: unit.get(name, 1.0)})) / step.seconds
 
-    parts = np.array([[part(step, *name) for name in names] for step in steps])
-    known = parts[:, 0] / CPU_MATMUL[Compute.fp32]
-    free = np.arange(len(names)) > 0  # what is not set
-    while True:  # least squares; what would be below nothing is nothing
-        found = np.zeros(len(names))
+    def known_part(step: Measured) -> float:
+        compute = step.case.compute
+        matmul = CPU_MATMUL[compute] if compute is Compute.fp32 else inf
+        return seconds(step.case, step.peak, replace(NOTHING, matmul_share=matmul, context_share=CPU_CONTEXT[compute])) / step.seconds
+
+    parts, known = np.array([[part(step, *name) for name in FITTED] for step in steps]), np.array([known_part(step) for step in steps])
+    free = np.full(len(FITTED), True)
+    while True:  # what would be below nothing is nothing
+        found = np.zeros(len(FITTED))
         found[free], *_ = np.linalg.lstsq(parts[::2, free], 1 - known[::2], rcond=None)
         if (found >= 0).all():
             break
         free &= found > 0
-    for (name, compute), value in list(zip(names, found, strict=True))[1:]:
+    for (name, compute), value in zip(FITTED, found, strict=True):
         value = 1 / value if value and name.endswith(("share", "per_s")) else value
         print(f"{name}{f' in {compute.value}' if compute else ''}: {value:.3g}")
     errors = np.abs(parts[1::2] @ found + known[1::2] - 1)
