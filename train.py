@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, register_schema, typed
 from tunesmith.config import Config, Refusal
-from tunesmith.hardware import measure_cpu, prepare_environment, this_machine
+from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.peaks import measure_cpu
 from tunesmith.plan import beside, describe, make_plan, shape_needs_files
 from tunesmith.run import COMPLETED, FAILED, RunFolder, StopSignal, TrialFailed, failures, leave, refuse
 from tunesmith.world import World, this_world
@@ -60,7 +61,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
     if plan.card == "cpu":
-        measure_cpu(config.hardware.peak, machine, config.precision.compute.name, plan.threads)
+        measure_cpu(config.hardware.peak, machine, config.precision.multiplied, plan.threads)
     plan = make_plan(
         config, machine, world.size, dataset.counts(config), local_size=world.local_size, model_folder=base,
         micro_limit=folder.restarts.micro_batch,

@@ -144,7 +144,7 @@ def _given_back() -> list[Replacement]:
 def _torchs_own() -> list[Replacement]:
     from tunesmith import matmul
 
-    return [(matmul, "take_onednn", lambda: None)]
+    return [(matmul, "take", lambda _: None)]
 
 
 INT8 = "int8"

@@ -1,7 +1,8 @@
 """The step time that a plan predicts beside the measured one, on this CPU, over the grid of bench/memory.py.
 
-    python -m bench.pace            a line each, then the median, the worst and how many are within 20 %
-    python -m bench.pace --fit      and the constants of plan/pace.py, by least squares over every second configuration
+    python -m bench.pace               a line each, then the median, the worst and how many are within 20 %
+    python -m bench.pace --passes 3    the whole grid so many times: the median of each one's errors, beside how far its own times lie apart
+    python -m bench.pace --fit         and the constants of plan/pace.py, by least squares over every second configuration
 
 Beside that grid stand the steps of bench/roofline.py, whose models have the sizes that people train. The peak of a matmul and the machine's
 overheads are measured anew next to each configuration, by the threads that torch takes: a machine that others use too is a third faster or
@@ -27,11 +28,13 @@ import torch
 from bench.memory import Case, batch_of, engine_of, flops, grid, module_of
 from bench.roofline import ROWS
 from tunesmith.config import Compute
-from tunesmith.hardware import Overheads, measure_peak, overheads, prepare_environment, take_faster_matmul, this_machine
+from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.peaks import Overheads, measure_peak, overheads, take_faster_matmul
 from tunesmith.plan import trained_weights
 from tunesmith.plan.pace import CPU_CONTEXT, CPU_MATMUL, Speed, speed_of, step_seconds
 
 REPEATS, MOST_S = 10, 12.0
+WITHIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -130,32 +133,57 @@ def fit(steps: list[Measured]) -> None:
         value = 1 / value if value and name.endswith(("share", "per_s")) else value
         print(f"{name}{f' in {compute.value}' if compute else ''}: {value:.3g}")
     errors = np.abs(parts[1::2] @ found + known[1::2] - 1)
-    print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}, {(errors <= 0.2).sum()} of {len(errors)} within 20 %")
+    within = (errors <= WITHIN).sum()
+    print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}, {within} of {len(errors)} within {WITHIN:.0%}")
+
+
+def one_pass(number: int, threads: int, folder: Path) -> list[tuple[Measured, float]]:
+    """Every configuration, measured and predicted."""
+    found = []
+    for case in [*(case for case in grid() if not case.halves), *ROWS]:
+        pace = pace_now(number * 1000 + len(found), threads)
+        step = Measured(case, measured(case, folder), pace)
+        guess = seconds(case, step.peak, speed_of(None, case.compute, pace.overheads))
+        found.append((step, guess))
+        print(f"| {case} | {1000 * guess:.1f} | {1000 * step.seconds:.1f} | {guess / step.seconds - 1:+.0%} |", flush=True)
+    return found
+
+
+def summary(errors: list[float]) -> str:
+    sizes = sorted(map(abs, errors))
+    within = sum(size <= WITHIN for size in sizes)
+    return f"{len(sizes)} configurations: median error {median(sizes):.1%}, worst {sizes[-1]:.1%}, {within} within {WITHIN:.0%}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--passes", type=int, default=1)
     asked = parser.parse_args()
     prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
-    take_faster_matmul(threads)
-    steps, errors = [], []
+    take_faster_matmul("fp32", threads)
     print(f"{threads} threads, {this_machine().cpu_name}\n\n| configuration | predicted ms | measured ms | error |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TUNESMITH_CACHE"] = folder  # what is measured here is no run's
-        for case in [*(case for case in grid() if not case.halves), *ROWS]:
-            pace = pace_now(len(steps), threads)
-            steps.append(step := Measured(case, measured(case, Path(folder)), pace))
-            guess = seconds(case, step.peak, speed_of(None, case.compute, pace.overheads))
-            errors.append(guess / step.seconds - 1)
-            print(f"| {case} | {1000 * guess:.1f} | {1000 * step.seconds:.1f} | {errors[-1]:+.0%} |", flush=True)
+        passes = [one_pass(number, threads, Path(folder)) for number in range(asked.passes)]
+    steps = [step for found in passes for step, _ in found]
     for compute in (Compute.fp32, Compute.bf16):
         peaks = sorted(step.pace.peaks[compute] / 1e9 for step in steps)
         print(f"{compute.value} peak {peaks[0]:.0f} to {peaks[-1]:.0f} GFLOPS")
-    sizes = sorted(map(abs, errors))
-    within = sum(size <= 0.2 for size in sizes)
-    print(f"\n{len(steps)} configurations: median error {median(sizes):.1%}, worst {sizes[-1]:.1%}, {within} within 20 %")
+    for found in passes:
+        print(summary([guess / step.seconds - 1 for step, guess in found]))
+    if asked.passes > 1:
+        errors, apart = [], []
+        for each in zip(*passes, strict=True):
+            errors.append(median(guess / step.seconds - 1 for step, guess in each))
+            # What the machine does otherwise from pass to pass, the peak of each taken out.
+            work = [step.seconds * step.peak for step, _ in each]
+            apart.append(max(work) / min(work) - 1)
+            if abs(errors[-1]) > WITHIN:
+                print(f"{each[0][0].case}: {errors[-1]:+.0%}, its own times up to {apart[-1]:.0%} apart")
+        print("medians of all passes:", summary(errors))
+        print(f"a configuration's own times: {median(apart):.0%} apart (median), {sum(x > WITHIN for x in apart)} more than {WITHIN:.0%}")
     if asked.fit:
         fit(steps)
 

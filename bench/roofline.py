@@ -20,7 +20,8 @@ import torch
 
 from bench.memory import Case, batch_of, engine_of, flops, module_of
 from tunesmith.config import Compute
-from tunesmith.hardware import measure_peak, prepare_environment, take_faster_matmul
+from tunesmith.hardware import prepare_environment
+from tunesmith.peaks import measure_peak, take_faster_matmul
 from tunesmith.plan.shapes import ModelShape
 
 SHAPES = {
@@ -93,7 +94,7 @@ def spent(case: Case, folder: Path) -> tuple[float, dict[str, float]]:
 def main() -> None:
     prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
-    take_faster_matmul(threads)
+    take_faster_matmul("fp32", threads)
     peak, by = measure_peak("fp32", "cpu", threads)
     print(f"{threads} threads, torch {torch.__version__}, fp32 matmul{by} peak {peak / 1e9:.0f} GFLOPS\n")
     names = [*list(FAMILIES), "elementwise and copies", "Python, autograd, waiting"]

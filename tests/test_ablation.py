@@ -19,7 +19,7 @@ from bench.ablation import AS_IT_IS, INT8, PARTS, PLAIN
 from bench.train import LOOKED_AT, Refused, ablated, same_losses
 from bench.train_tunesmith import settings
 from tests.test_model import CPU, config_for
-from tunesmith import data, hardware, matmul
+from tunesmith import data, hardware, matmul, peaks
 from tunesmith.config import Base, Batching, Int8
 from tunesmith.data.batches import Batches
 from tunesmith.data.layout import Example
@@ -76,12 +76,12 @@ def trained(folder: Path, off: Iterable[str], patch: pytest.MonkeyPatch) -> tupl
     for name in ("TOKENIZERS_PARALLELISM", "DS_ACCELERATOR"):
         patch.setenv(name, "cpu")
     hardware.prepare_environment(on_cpu=True)
-    patch.setattr(hardware, "measure_peak", lambda *_: (1.0, " by oneDNN"))
+    patch.setattr(peaks, "measure_peak", lambda *_: (1.0, " by oneDNN"))
     try:
-        hardware.take_faster_matmul(1)
+        peaks.take_faster_matmul("fp32", 1)
         onednn = bool(matmul._taken)
     finally:
-        matmul.leave_onednn()
+        matmul.give_back()
 
     (rows, numbers), layers = head[0], list(module.modules())
     seen = {

@@ -12,18 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from tunesmith import hardware
+from tunesmith import hardware, peaks
 from tunesmith.hardware import (
     CARDS,
     FAKE_MACHINE,
     Machine,
     card_table,
     find_card,
-    measure_cpu,
-    overheads,
-    peak_flops,
     this_machine,
-)  # fmt: skip
+)
+from tunesmith.peaks import measure_cpu, overheads, peak_flops  # fmt: skip
 
 DOCS = Path(__file__).parents[1] / "docs" / "hardware.md"
 T4 = Machine("cuda", ("Tesla T4",), (14.56,), 8, 51.0, "some CPU")
@@ -207,7 +205,7 @@ def test_cgroup_limits(
     monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]], ram_gib: float, cores: int
 ) -> None:
     files = {**files, "/proc/meminfo": ["MemTotal: 16777216 kB"], "/proc/cpuinfo": ["model name\t: Toy"]}
-    monkeypatch.setattr(hardware, "_lines", lambda path: files.get(str(path).replace("//", "/"), []))
+    monkeypatch.setattr(hardware, "lines_of", lambda path: files.get(str(path).replace("//", "/"), []))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
     machine = this_machine()
     assert (machine.ram_gib, machine.cores, machine.cpu_name) == (ram_gib, cores, "Toy")
@@ -256,7 +254,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="that memory is kept is told to glibc")
 @pytest.mark.skipif(not HUGE_PAGES.is_file(), reason="this system has no large pages")
-@pytest.mark.skipif(hardware._lines(hardware.OVERCOMMIT) == ["2"], reason="addresses count as memory here, so none are reserved")
+@pytest.mark.skipif(hardware.lines_of(hardware.OVERCOMMIT) == ["2"], reason="addresses count as memory here, so none are reserved")
 def test_on_a_cpu_tensors_lie_where_large_pages_are_asked_for() -> None:
     """Whether the system has any to give at the moment is its own affair."""
     code = r"""if True:
@@ -348,7 +346,8 @@ def test_what_a_plan_needs_of_a_cpu_is_measured_once() -> None:
 def test_two_cpus_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Machine(cpu_name="AMD EPYC")
     measure_cpu("table", cpu, "fp32", 1)
-    monkeypatch.setattr(hardware, "_lines", lambda path: ["model name\t: AMD EPYC", "model\t\t: 17"])
+    for room in (hardware, peaks):
+        monkeypatch.setattr(room, "lines_of", lambda path: ["model name\t: AMD EPYC", "model\t\t: 17"])
     assert peak_flops("table", cpu, "fp32", 1, measure=False)[0] is None, "it has another model number"
 
 
@@ -357,15 +356,15 @@ def test_a_damaged_cache_is_no_error(tmp_path: Path, content: str) -> None:
     file = tmp_path / "cache" / "tunesmith" / "peaks.json"
     file.parent.mkdir(parents=True)
     file.write_text(content)
-    hardware._remember("key", 2.0)
+    peaks._remember("key", 2.0)
     assert json.loads(file.read_text()) == {"key": 2.0}
 
 
 def test_an_unwritable_cache_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    hardware._remember("key", 2.0)
-    assert hardware._cached_peaks() == {}
+    peaks._remember("key", 2.0)
+    assert peaks._cached_peaks() == {}
 
 
 def test_planning_needs_no_torch_and_no_time() -> None:

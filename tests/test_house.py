@@ -23,11 +23,11 @@ CONF = ROOT / "conf"
 
 # The one list: a room imports only rooms before it, inside functions and for type checkers too.
 LADDER = (
-    "config", "matmul", "hardware", "world", "compose", "plan", "data", "model", "engine", "records", "lifeline", "again", "run", "metrics", "checkpoint", "loop",
+    "config", "hardware", "compiled", "matmul", "peaks", "world", "compose", "plan", "data", "model", "engine", "records", "lifeline", "again", "run", "metrics", "checkpoint", "loop",
     "evaluate", "compare", "report", "doctor", "chat", "cli",
 )  # fmt: skip
 # What plans and refuses in half a second must not wait for torch (three seconds and more).
-TORCH_FREE = ("config", "matmul", "hardware", "world", "compose", "plan", "records", "lifeline", "again", "run", "compare", "report", "cli", "data")
+TORCH_FREE = ("config", "hardware", "compiled", "matmul", "peaks", "world", "compose", "plan", "records", "lifeline", "again", "run", "compare", "report", "cli", "data")
 
 # Each wrapped library is named in one room, so that one file knows its quirks. train.py and launcher/ are the doors.
 HOMES = {

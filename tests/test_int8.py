@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.test_linear import results
 from tests.test_methods import stir, trained
 from tests.test_model import CPU, config_for, examples
+from tunesmith import compiled
 from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind, Refusal
 from tunesmith.data.layout import lay_out
 from tunesmith.hardware import this_machine
@@ -247,10 +248,12 @@ def test_without_a_compiler_it_says_so_once(monkeypatch: pytest.MonkeyPatch, cap
         if not compiler:
             monkeypatch.delenv("CXX")
             monkeypatch.setenv("PATH", "")
+        compiled.library.cache_clear()
         native.library.cache_clear()
         made(nn.Linear(16, 16))(torch.randn(3, 16))
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and why in said, said
+    compiled.library.cache_clear()
     native.library.cache_clear()
 
 

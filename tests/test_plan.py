@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tunesmith.config import Base, Batching, Compute, Config, EngineKind, MethodKind, Refusal
+from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Matmul, MethodKind, OptimizerKind, Refusal
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import (
     Counts,
@@ -839,6 +839,36 @@ def test_what_does_not_fit_is_not_chosen() -> None:
     assert "data.max_tokens=" in line
 
 
+def test_accelerate_is_split_where_whole_weights_do_not_fit() -> None:
+    settings: dict[str, Any] = {**ON_A10, "engine__kind": EngineKind.accelerate, "model__known_as": "qwen2.5-3b", "engine__fit": True}
+    whole = make_plan(config_of(**settings), A10S, 4)
+    assert not whole.config.engine.fsdp
+    assert whole.notes[0].startswith("engine.fit: Accelerate is the fastest of 4 that fit"), "DDP and FSDP2, with recomputation and without"
+    split = make_plan(config_of(**settings, method__kind=FULL), A10S, 4)
+    assert split.config.engine.fsdp
+    assert split.notes[0].startswith("engine.fit: FSDP2")
+    assert split.memory_gib <= 22
+    # What cannot be in pieces, and what has nobody to share them with, stays whole whatever was set.
+    for world, changes in ((4, {"method__base": Base.nf4}), (4, {"optim__name": OptimizerKind.adamw_8bit}), (1, {"engine__fsdp": True})):
+        choices = list(engine_choices(config_of(**settings, **changes), world))
+        assert choices
+        assert not any(choice["engine.fsdp"] for choice in choices), changes
+    table = plan_text(config_of(**settings, hardware__count=4), A10S, ranks=4, table=True)
+    assert [line.split()[1] for line in table.splitlines()[2:4]] == ["DDP", "FSDP2"]
+    assert not any("nf4" in line and "FSDP2" in line for line in table.splitlines())
+
+
+def test_dropout_under_dora_is_told_what_it_costs_on_nf4() -> None:
+    settings: dict[str, Any] = {**ON_A10, "model__known_as": "qwen2.5-1.5b", "method__base": Base.nf4, "method__dora": True}
+    plain, dropped = (make_plan(config_of(**settings, method__dropout=share), A10S, 4) for share in (0.0, 0.05))
+    assert not any("dropout" in note for note in plain.notes)
+    (note,) = (note for note in dropped.notes if "dropout" in note)
+    kept = float(note.split(" GiB of ")[0].split()[-1])
+    weights = dropped.shape.matmul_weights_per_layer * dropped.shape.layers
+    assert kept == pytest.approx(weights * 2 / 2**30, rel=0.05), "in bf16"
+    assert note.endswith("type method.dropout=0")
+
+
 def test_what_fits_is_a_table() -> None:
     config = config_of(hardware__card="t4", precision__compute=Compute.fp16, model__known_as="qwen2.5-7b")
     start = perf_counter()
@@ -890,3 +920,17 @@ def test_ranks_on_several_machines_wait_for_the_network() -> None:
     assert one.time["communication"] < fast.time["communication"] < two.time["communication"]
     assert "nodes    2 x 8 ranks, network 25 Gbit/s assumed" in describe(two) and "nodes " not in describe(one)
     assert fast.run_id == two.run_id
+
+
+def test_fp32_matrices_multiplied_at_high_precision_divide_by_tf32s_peak_where_a_card_has_it() -> None:
+    settings: dict[str, Any] = {"precision__matmul": Matmul.high, "model__known_as": "qwen2.5-1.5b"}
+    on_a10 = make_plan(config_of(**settings, hardware__card="a10"), A10S, 1)
+    exact = make_plan(config_of(**settings | {"precision__matmul": Matmul.highest}, hardware__card="a10"), A10S, 1)
+    assert (on_a10.peak_flops, exact.peak_flops) == (CARDS["a10"].peak["tf32"], CARDS["a10"].peak["fp32"])
+    assert "fp32 (matmul high)" in describe(on_a10) and "matmul high" not in describe(exact)
+    assert on_a10.step_s < exact.step_s
+    assert on_a10.run_id != exact.run_id, "the numbers differ"
+    on_t4 = make_plan(config_of(**settings, hardware__card="t4"), T4, 1)
+    assert on_t4.peak_flops == CARDS["t4"].peak["fp32"], "it has no TF32"
+    (note,) = (note for note in make_plan(config_of(**settings, **ON_A10), A10S, 1).notes if "matmul" in note)
+    assert note == "precision.matmul=high: precision.compute=bf16 multiplies no fp32 matrices"

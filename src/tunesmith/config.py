@@ -37,6 +37,11 @@ class Int8(Enum):
     dynamic = "dynamic"
 
 
+class Matmul(Enum):
+    highest = "highest"
+    high = "high"
+
+
 class Compute(Enum):
     fp32 = "fp32"
     fp16 = "fp16"
@@ -176,11 +181,19 @@ class Method:
 class Precision:
     compute: Compute = Compute.fp32
     """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
+    matmul: Matmul = Matmul.highest
+    """How fp32 matrices are multiplied, in PyTorch's words: highest, in fp32; high, in TF32 on cards that have it (compute capability 8.0)
+    and as sums of two bf16 halves on CPUs with AMX. Elsewhere high is highest."""
     int8: Int8 = Int8.bnb
     """Who multiplies with method.base=int8: bnb (bitsandbytes' LLM.int8) or dynamic (int8 in forward and backward,
     activations rotated and quantised a token at a time)."""
     fp32_layers: list[str] = field(default_factory=list)
     """Layers that compute in fp32 all the same, as layers.3 or layers.3.mlp: where fp16 would overflow (engine=accelerate)."""
+
+    @property
+    def multiplied(self) -> str:
+        """The type that a peak is stated for: tf32 for fp32 matrices at matmul=high, else compute's."""
+        return "tf32" if self.compute is Compute.fp32 and self.matmul is Matmul.high else self.compute.value
 
 
 @dataclass
@@ -201,7 +214,8 @@ class Engine:
     """Rotary embedding, and in full training norms and SwiGLU, by Liger's kernels: auto takes them where liger-kernel is installed and the
     card's compute capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
     fit: bool = False
-    """Let the plan choose zero, offload and checkpointing: the fastest that fits, which it then names. What is set of them is ignored."""
+    """Let the plan choose zero, offload and checkpointing, or with Accelerate fsdp and checkpointing: the fastest that fits, which it then
+    names. What is set of them is ignored."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 

@@ -1,24 +1,16 @@
-"""The cards as data, what this machine is, and the peak that MFU divides by. No torch unless a peak is measured."""
+"""The cards as data, what this machine is, and what a process sets up before it computes. No torch."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
-
-from tunesmith import matmul
 from tunesmith.config import Refusal
 
 GIB = 2**30
@@ -49,6 +41,10 @@ class Card:
     watts: int
     """Power limit; boost clocks, hence the peaks, are not sustained on a card that reaches it."""
     source: str
+
+    def peak_of(self, dtype: str) -> float | None:
+        """Of a type; of fp32 for tf32 where the card has none; None for a type that it lacks."""
+        return self.peak.get(dtype, self.peak["fp32"] if dtype == "tf32" else None)
 
     @property
     def host_gb_per_s(self) -> float:
@@ -180,7 +176,7 @@ def _prepare_heap() -> None:
     libc.mallopt(trim_threshold, -1)  # and none of what is freed at the end is given back
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if _lines(OVERCOMMIT) == ["2"]:  # where no more is promised than there is, addresses are taken from others
+    if lines_of(OVERCOMMIT) == ["2"]:  # where no more is promised than there is, addresses are taken from others
         return
     # glibc's heap to come: addresses alone, as nothing is written there.
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
@@ -199,7 +195,7 @@ def this_machine() -> Machine:
     if fake := os.environ.get(FAKE_MACHINE):
         return _fake_machine(fake)
     devices = _visible(_nvml_devices(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    ram = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")), 0)
+    ram = next((int(line.split()[1]) * 1024 for line in lines_of("/proc/meminfo") if line.startswith("MemTotal:")), 0)
     limit = _cgroup_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
@@ -208,7 +204,7 @@ def this_machine() -> Machine:
         memory_gib=tuple(round(size / GIB, 2) for _, _, size in devices),
         cores=max(1, min(cores, _cgroup_cores() or cores)),
         ram_gib=round((min(ram, limit) if limit else ram) / GIB, 2),
-        cpu_name=_cpu_name(),
+        cpu_name=cpu_name(),
     )
 
 
@@ -264,29 +260,36 @@ def _visible(devices: list[tuple[str, str, int]], setting: str | None) -> list[t
     return shown
 
 
-def _lines(path: str | Path) -> list[str]:
+def lines_of(path: str | Path) -> list[str]:
+    """Of a file that may not be there."""
     try:
         return Path(path).read_text(errors="replace").splitlines()
     except OSError:
         return []
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the kernel prints it; nothing where it does not."""
     return next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+        (line.split(":", 1)[1].strip() for line in lines_of("/proc/cpuinfo") if line.startswith("model name")), ""
     )
+
+
+def cpu_words() -> str:
+    """What this CPU can, in the kernel's words; its name where there are none."""
+    return next((line for line in lines_of("/proc/cpuinfo") if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _cgroup_files(controller: str, v2: str, v1: str) -> list[list[str]]:
     """Words of the controller's file in this process's cgroup and in all above it: any of them may set the limit."""
     found = []
-    for line in _lines("/proc/self/cgroup"):
+    for line in lines_of("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root, name = ("/sys/fs/cgroup", v2) if not controllers else (f"/sys/fs/cgroup/{controller}", v1)
         for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
-            text = " ".join(_lines(f"{root}{folder}/{name}"))
+            text = " ".join(lines_of(f"{root}{folder}/{name}"))
             found += [text.split()] if text else []
     return found
 
@@ -307,224 +310,8 @@ def _cgroup_cores() -> int:
     return min((max(1, quota // period) for quota, period in quotas if period), default=0)
 
 
-def peak_flops(
-    setting: str, machine: Machine, dtype: str, threads: int = 0, *, cpu: bool | None = None, measure: bool = True
-) -> tuple[float | None, str]:
-    """The FLOPS of one rank's device that MFU divides by, and a line saying where it comes from.
-
-    setting is hardware.peak; threads: CPU threads of a rank; cpu: whether the run is on the CPU though there may be
-    cards (None: as the machine is). With measure=False nothing is run: a cached measurement is taken, else the answer
-    is None. None too for an unknown card. Raises ValueError when setting is not table, measure or a positive number.
-    """
-    on_cpu = machine.kind == "cpu" if cpu is None else cpu
-    if setting not in ("table", "measure"):
-        return given_peak(setting), f"given: hardware.peak={setting}"
-    name = machine.cpu_name if on_cpu else machine.device_names[0]
-    if setting == "table" and not on_cpu:
-        card = find_card(name)
-        if card is None:
-            return (
-                None,
-                f"unknown: no row for {name!r} — add one to CARDS in hardware.py, or type hardware.peak=measure",
-            )
-        if dtype not in card.peak:
-            return None, f"unknown: the {card.key} has no {dtype} units"
-        return card.peak[dtype], f"table: {card.source} ({card.key}, {dtype}, dense)"
-    device = "cpu" if on_cpu else "cuda"
-    keys = {_peak_key(name, dtype + by, threads) for by in _libraries(dtype, on_cpu=on_cpu)}
-    if not measure and not keys <= _cached_peaks().keys():
-        return None, f"measured when the run starts: a {dtype} matmul on {name or 'this CPU'}"
-    peak, by = measure_peak(dtype, device, threads, name)
-    return peak, f"measured: {dtype} matmul{by} on {name or 'this CPU'}"
-
-
-def given_peak(setting: str) -> float:
-    """hardware.peak as FLOPS; raises ValueError when it is not a positive number."""
-    try:
-        value = float(setting)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"hardware.peak={setting}: not table, measure or a positive number of FLOPS — type hardware.peak=125e12"
-        )
-    return value
-
-
-def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> tuple[float, str]:
-    """FLOPS of the best of five square matmuls, kept in the user's cache folder for the next run, and by which library if not torch's own.
-
-    device is cpu or cuda; threads: CPU threads used, 0 for torch's own choice. A measurement belongs to a device name,
-    type, thread count and torch version. 2048 on a CPU is 17 GFLOP, a few tenths of a second; 8192 on a card 1.1 TFLOP.
-    On a CPU fp32 is measured by torch's own library and by oneDNN, and the one that `take_faster_matmul` takes counts.
-    """
-    import torch
-
-    on_cpu = device == "cpu"
-    name = name or (_cpu_name() if on_cpu else torch.cuda.get_device_name(device))
-    keys = {by: _peak_key(name, dtype + by, threads) for by in _libraries(dtype, on_cpu=on_cpu)}
-    known, before = _cached_peaks(), torch.get_num_threads()
-    if not set(keys.values()) <= known.keys():
-        kind, size = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype], 2048 if on_cpu else 8192
-        seconds = {by: float("inf") for by in keys}
-        torch.set_num_threads(threads or before)
-        try:
-            left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-            # By turns, so that what else the machine does slows both. The first round warms up.
-            for attempt, by in product(range(6), [by for by in keys if not by or matmul.has_onednn()]):
-                start_s = time.perf_counter()
-                matmul.by_onednn(left, right) if by else left @ right
-                if not on_cpu:
-                    torch.cuda.synchronize()
-                seconds[by] = min(seconds[by], time.perf_counter() - start_s) if attempt else seconds[by]
-        finally:
-            torch.set_num_threads(before)
-        for by, key in keys.items():
-            known[key] = 2 * size**3 / seconds[by]  # 0 where there is no oneDNN
-            _remember(key, known[key])
-    own, *other = ((known[key], by) for by, key in keys.items())
-    return next((one for one in other if one[0] > matmul.FASTER * own[0]), own)
-
-
-def _libraries(dtype: str, *, on_cpu: bool) -> tuple[str, ...]:
-    """By what a matmul can be done, as the end of a measurement's name: nothing is torch's own."""
-    return ("", " by oneDNN") if on_cpu and dtype == "fp32" else ("",)
-
-
-def take_faster_matmul(threads: int) -> None:
-    """Let this process multiply fp32 matrices on the CPU by the library that was measured to be faster here."""
-    if measure_peak("fp32", "cpu", threads)[1]:
-        matmul.take_onednn()
-
-
-def measure_cpu(setting: str, machine: Machine, dtype: str, threads: int) -> None:
-    """Measure, once a machine, what a plan's times on a CPU rest on: of its ranks one measures, and the others wait and read.
-
-    setting is hardware.peak. Where nothing can be kept, nothing is measured here.
-    """
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(str(_cache_file()) + ".lock"):
-            peak_flops(setting, machine, dtype, threads, cpu=True)
-            overheads(machine, threads)
-    except OSError:  # a cache that cannot be written to: the plan then says that the peak is not known, and rank 0 measures it for itself
-        pass
-
-
-@dataclass(frozen=True)
-class Overheads:
-    """What this CPU takes for all that is no matmul."""
-
-    bytes_per_s: float
-    """Read and written by an elementwise operator, operands of 4 MB."""
-    operator_s: float
-    """An operator on eight numbers, in autograd, forward or backward."""
-    function_s: float
-    """The same as an autograd function that is written in Python."""
-    random_s: float
-    """One number of a dropout mask."""
-
-
-def overheads(machine: Machine, threads: int, *, measure: bool = True) -> Overheads | None:
-    """Measured once a machine and kept, a fifth of a second; with measure=False None where it has not been yet."""
-    keys = [_peak_key(machine.cpu_name, field.name, threads) for field in fields(Overheads)]
-    known = _cached_peaks()
-    if all(key in known for key in keys):
-        return Overheads(*(known[key] for key in keys))
-    if not measure:
-        return None
-    import torch
-
-    one, other, small = torch.randn(1 << 20), torch.randn(1 << 20), torch.ones(8, requires_grad=True)
-    mask = torch.empty(1 << 18)
-
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            ctx.save_for_backward(x)
-            return x * 1.5
-
-        @staticmethod
-        def backward(ctx: Any, *of_outputs: torch.Tensor) -> torch.Tensor:
-            (_,) = ctx.saved_tensors
-            return of_outputs[0] * 1.5
-
-    def chain(link: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        x = small
-        for _ in range(50):
-            x = link(x)
-        x.sum().backward()  # type: ignore[no-untyped-call]  # torch's
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        works = (lambda: one + other, lambda: chain(lambda x: x * 1.5), lambda: chain(Scaled.apply), lambda: mask.bernoulli_(0.9))
-        added, chained, called, drawn = map(_best_s, works)
-    finally:
-        torch.set_num_threads(before)
-    found = Overheads(12 * len(one) / added, chained / 100, called / 100, drawn / len(mask))
-    for key, value in zip(keys, astuple(found), strict=True):
-        _remember(key, value)
-    return found
-
-
-def _best_s(work: Callable[[], object], repeats: int = 7, least_s: float = 0.004) -> float:
-    """Seconds of one call, the best of some means over at least least_s each, which others' work disturbs least."""
-    work()
-    best = float("inf")
-    for _ in range(repeats):
-        calls, start_s, spent_s = 0, time.perf_counter(), 0.0
-        while spent_s < least_s:
-            work()
-            calls, spent_s = calls + 1, time.perf_counter() - start_s
-        best = min(best, spent_s / calls)
-    return best
-
-
-def _peak_key(name: str, what: str, threads: int) -> str:
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = "none"
-    return f"{name} | {_this_cpu()} | {what} | {threads} threads | torch {torch_version}"
-
-
-def _this_cpu() -> str:
-    """Tells CPUs apart that have one name: virtual machines say "AMD EPYC" for several generations, and a home may be shared."""
-    told = [line for line in _lines("/proc/cpuinfo") if line.partition("\t")[0] in ("cpu family", "model", "stepping", "flags")]
-    return hashlib.sha256("\n".join([platform.node(), *sorted(set(told))]).encode()).hexdigest()[:8]
-
-
 def cache_folder() -> Path:
     """Where converted models, prepared tokens and measured peaks are kept: $TUNESMITH_CACHE, else the user's cache folder."""
     if chosen := os.environ.get("TUNESMITH_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"
-
-
-def _cache_file() -> Path:
-    return cache_folder() / "peaks.json"
-
-
-def _cached_peaks() -> dict[str, float]:
-    try:
-        content = json.loads(_cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return (
-        {str(k): float(v) for k, v in content.items() if isinstance(v, int | float)}
-        if isinstance(content, dict)
-        else {}
-    )
-
-
-def _remember(key: str, peak: float) -> None:
-    """Write through a temporary file, so that a reader or a kill never sees half; an unwritable cache is no error."""
-    file = _cache_file()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as draft:
-            json.dump({**_cached_peaks(), key: peak}, draft, indent=1)
-        os.replace(draft.name, file)
-    except OSError:
-        pass

@@ -17,10 +17,11 @@ from tunesmith.config import Compute, Config, Optim, Refusal, Schedule
 from tunesmith.data import Dataset
 from tunesmith.data.batches import Batches, MicroBatch, data_line, held_out_batches, outlook
 from tunesmith.engine import Engine, is_out_of_memory
-from tunesmith.hardware import Machine, peak_flops
+from tunesmith.hardware import Machine
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import DTYPES, FrozenStates, perplexity
 from tunesmith.model.halves import LARGEST, advice, widest
+from tunesmith.peaks import peak_flops
 from tunesmith.plan import Plan, above_frozen, step_flops
 from tunesmith.plan.shapes import gathers_by_hooks, multiplies_int8
 from tunesmith.run import RunFolder, Stopped, StopSignal
@@ -60,7 +61,7 @@ class Training:
         world = engine.world
         batches = batches_of(config, plan, dataset, states)
         dev = held_out_batches(dataset.dev, plan.micro_batch, world.rank, world.size) if dataset.dev else []
-        on_cpu, compute = engine.device.type == "cpu", config.precision.compute.name
+        on_cpu, compute = engine.device.type == "cpu", config.precision.multiplied
         # Rank 0 measures (alone on the cores), then the others read what it cached.
         peak, note = engine.broadcast(
             peak_flops(config.hardware.peak, machine, compute, engine.threads, cpu=on_cpu) if world.is_main else None

@@ -1,24 +1,51 @@
-"""Who multiplies fp32 matrices on this CPU: the library that torch takes by itself, or oneDNN, which it has as well.
+"""Who multiplies fp32 matrices on this CPU: the library that torch takes by itself, or another one that is faster.
 
-Torch's builds for x86 hand fp32 to MKL, which keeps its AVX-512 kernels for Intel's own CPUs: on an AMD EPYC of the fifth generation it
-reaches half of what the cores can do, and oneDNN all of it (docs/log.md). Both add up in fp32, in another order. Which one is faster is
-measured once a machine, with the peak that MFU divides by.
+oneDNN, which torch has as well: torch's builds for x86 hand fp32 to MKL, which keeps its AVX-512 kernels for Intel's own CPUs; on an AMD
+EPYC of the fifth generation it reaches half of what the cores can do, and oneDNN all of it (docs/log.md). Both add up in fp32, in another
+order. bf16 halves, our own (matmul.cpp), with precision.matmul=high on a CPU with AMX: each number as the sum of two in bf16, which is
+what PyTorch's "high" means (torch.set_float32_matmul_precision). Which is fastest is measured once a machine (peaks.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tunesmith import compiled
 
 if TYPE_CHECKING:
     import torch
 
 LEAST = 1 << 20
-"""Multiplications below which a matmul stays with torch's own library: oneDNN's start, 25 microseconds, costs more than it saves there."""
+"""Multiplications below which a matmul stays with torch's own library: another one's start, 25 microseconds, costs more than it saves."""
+NARROW = 96
+"""Rows or columns below which a product is no work for halves: what is packed is then multiplied with too little."""
 FASTER = 1.25
-"""How much faster oneDNN must be to be taken: less may be noise on a busy machine, and a change of library is a change of rounding."""
+"""How much faster another library must be to be taken: less may be noise on a busy machine, and another library rounds otherwise."""
 
 _taken: list[torch.library.Library] = []
+
+
+@dataclass(frozen=True)
+class Library:
+    """What multiplies fp32 matrices on a CPU in torch's place."""
+
+    name: str
+    """At the end of a sentence, "a matmul ..."."""
+    is_exact: bool
+    """Adds up products of fp32 in fp32, as torch's own does."""
+    is_here: Callable[[], bool]
+    suits: Callable[[torch.Tensor, torch.Tensor], bool]
+    """Whether it takes these two, fp32 and of fitting shapes."""
+    product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    """left @ right + bias: [m, k], [k, n] and [n] give [m, n]."""
+    add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float], object]
+    """out = beta * out + alpha * left @ right, where out has its columns side by side; beta 0 reads nothing of out."""
 
 
 def has_onednn() -> bool:
@@ -28,8 +55,7 @@ def has_onednn() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def by_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """left @ right + bias for fp32 matrices on a CPU, computed by oneDNN: [m, k], [k, n] and [n] give [m, n]."""
+def _by_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     import torch
 
     linear = torch.ops.mkldnn._linear_pointwise.default
@@ -41,45 +67,113 @@ def by_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None
     return found
 
 
-def take_onednn() -> None:
-    """From now on torch's fp32 matmuls of two matrices on a CPU are oneDNN's, in forward and backward of all that this process computes.
+def _add_by_onednn(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float, alpha: float) -> None:
+    found = _by_onednn(left, right)
+    if beta:
+        out.mul_(beta).add_(found, alpha=alpha)
+    else:
+        out.copy_(found if alpha == 1 else found.mul_(alpha))
 
-    Batched matmuls and attention stay where they are.
+
+@cache
+def _tiles() -> ctypes.CDLL | None:
+    """matmul.cpp, where this CPU and this system have AMX for it."""
+    library = compiled.library(Path(__file__).with_suffix(".cpp"), "fp32 matrices are multiplied as with precision.matmul=highest")
+    if library is None or not library.allowed():
+        return None
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.product.argtypes = [pointer, whole, whole, pointer, whole, whole, pointer, whole, whole, whole, whole, number, number]
+    library.product.restype = None
+    return library
+
+
+def _suits_tiles(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return min(left.shape[0], right.shape[1]) >= NARROW and 1 in left.stride() and 1 in right.stride()
+
+
+def _by_halves(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = left.new_empty(left.shape[0], right.shape[1])
+    if bias is not None:
+        out.copy_(bias)
+    _add_by_halves(out, left, right, float(bias is not None), 1.0)
+    return out
+
+
+def _add_by_halves(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float, alpha: float) -> None:
+    library = _tiles()
+    assert library is not None
+    library.product(
+        left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), out.data_ptr(), out.stride(0), *out.shape, left.shape[1],
+        alpha, beta,
+    )  # fmt: skip
+
+
+LIBRARIES = (
+    Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn),
+    Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves),
+)
+
+
+def library(name: str) -> Library:
+    """By its name."""
+    return next(one for one in LIBRARIES if one.name == name)
+
+
+def take(chosen: Library) -> None:
+    """From now on torch's fp32 matmuls of two matrices on a CPU are this library's, forward and backward, in all that this process does.
+
+    Batched matmuls and attention's own kernels stay where they are.
     """
     import torch
 
     if _taken:
         return
-    mm, mm_out, addmm = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm"))
+    mm, mm_out, addmm, addmm_out = (torch.library.get_kernel(f"aten::{name}", "CPU") for name in ("mm", "mm.out", "addmm", "addmm.out"))
 
     def suits(left: torch.Tensor, right: torch.Tensor) -> bool:
         (rows, inner), (same, columns) = left.shape, right.shape
-        return left.dtype is torch.float32 is right.dtype and inner == same and rows * inner * columns >= LEAST
+        if not (left.dtype is torch.float32 is right.dtype and inner == same and rows * inner * columns >= LEAST):
+            return False
+        return chosen.suits(left, right)
+
+    def takes(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """Whether the product can be written where out is."""
+        is_place = out.dtype is torch.float32 and out.shape == (left.shape[0], right.shape[1]) and out.stride(1) == 1
+        return is_place and suits(left, right)
 
     def product(keys: Any, left: torch.Tensor, right: torch.Tensor) -> Any:
-        return by_onednn(left, right) if suits(left, right) else mm.call_boxed(keys, left, right)
+        return chosen.product(left, right, None) if suits(left, right) else mm.call_boxed(keys, left, right)
 
     def product_into(keys: Any, left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> Any:
-        if out.dtype is torch.float32 and suits(left, right):
-            return out.resize_(left.shape[0], right.shape[1]).copy_(by_onednn(left, right))
-        return mm_out.call_boxed(keys, left, right, out=out)
+        if not takes(out, left, right):
+            return mm_out.call_boxed(keys, left, right, out=out)
+        chosen.add(out, left, right, 0.0, 1.0)
+        return out
 
     def biased(keys: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
         is_bias = added.shape == right.shape[1:] and added.dtype is torch.float32 and beta == alpha == 1
         if is_bias and suits(left, right):
-            return by_onednn(left, right, added)
+            return chosen.product(left, right, added)
         return addmm.call_boxed(keys, added, left, right, beta=beta, alpha=alpha)
+
+    def added_into(
+        keys: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1, out: torch.Tensor
+    ) -> Any:  # fmt: skip
+        is_sum = added.data_ptr() == out.data_ptr() and added.shape == out.shape and added.stride() == out.stride()
+        if not (is_sum and takes(out, left, right)):
+            return addmm_out.call_boxed(keys, added, left, right, beta=beta, alpha=alpha, out=out)
+        chosen.add(out, left, right, float(beta), float(alpha))
+        return out
 
     library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's, as below
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that a kernel is replaced is what is meant
-        library.impl("mm", product, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
-        library.impl("mm.out", product_into, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
-        library.impl("addmm", biased, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
+        for name, kernel in (("mm", product), ("mm.out", product_into), ("addmm", biased), ("addmm.out", added_into)):
+            library.impl(name, kernel, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
     _taken.append(library)  # kernels live as long as it
 
 
-def leave_onednn() -> None:
-    """Undo take_onednn."""
+def give_back() -> None:
+    """Undo take."""
     while _taken:
         _taken.pop()._destroy()  # type: ignore[no-untyped-call]

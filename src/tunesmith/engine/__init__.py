@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.data.batches import MicroBatch
-from tunesmith.hardware import take_faster_matmul
 from tunesmith.model import TargetLoss, act_from, for_generation, read_beginning
+from tunesmith.peaks import take_faster_matmul
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
 
@@ -167,8 +167,10 @@ def join(config: Config, world: World, device: torch.device, threads: int, resta
     os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, Accelerate sets torch's threads anew
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if config.precision.multiplied == "tf32":
+            torch.set_float32_matmul_precision("high")
     elif config.precision.compute is Compute.fp32:
-        take_faster_matmul(threads)
+        take_faster_matmul(config.precision.multiplied, threads)
     if dist.is_initialized():
         return
     address, port = rendezvous(world)

@@ -1,29 +1,21 @@
 """What stands between matmuls, in C++ on a CPU in fp32: passes over rows, each of which reads and writes a tensor once (native.cpp).
 
-PyTorch has several operators for each of them, and each of those goes through memory. The library is compiled for this very CPU when it is
-first used, in about a second, into the cache; where there is no compiler, a line says so and PyTorch's operators do the same.
+PyTorch has several operators for each of them, and each of those goes through memory. Where there is no compiler, a line says so and
+PyTorch's operators do the same.
 Every tensor here is fp32, on a CPU and contiguous, unless it is said otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from tunesmith.hardware import cache_folder
+from tunesmith import compiled
 
 
 def is_here(device: torch.device) -> bool:
@@ -168,42 +160,6 @@ def _rotations(parts: Sequence[torch.Tensor], blocks: Sequence[int]) -> tuple[ob
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """native.cpp for this CPU, compiled once into the cache; None, with a line, where that fails."""
-    source = Path(__file__).with_suffix(".cpp")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        _warn("no C++ compiler here")
-        return None
-    # By themselves compilers avoid the widest vectors, for which some CPUs slow their clock. psabi: none goes from one library to another.
-    wide = ["-mprefer-vector-width=512"] if "avx512f" in _cpu() else []
-    command = [compiler, "-O3", "-march=native", *wide, "-Wno-psabi", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
-    # A cache may be shared by machines with other CPUs.
-    made_from = "\n".join([source.read_text("utf-8"), *command[:-1], platform.platform(), _cpu()])
-    made = cache_folder() / "native" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    try:
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(made) + ".lock"):
-            if not made.exists():
-                with tempfile.TemporaryDirectory(dir=made.parent) as work:
-                    draft = Path(work) / made.name
-                    subprocess.run([*command, "-o", str(draft)], check=True, capture_output=True, text=True, timeout=120)
-                    os.replace(draft, made)
-        return ctypes.CDLL(str(made))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        _warn(f"{compiler} makes no library of {source.name} ({said[0][:200] if said else 'no reason given'})")
-        return None
-
-
-def _warn(why: str) -> None:
-    told = "norms, gates and rotary embedding take several passes each, and precision.int8=dynamic saves little"
-    print(f"tunesmith: {why}: on this CPU {told}", file=sys.stderr)
-
-
-def _cpu() -> str:
-    """What this CPU can, in the kernel's words; its name where there are none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    """native.cpp for this CPU; None, with a line, where there is no compiler."""
+    without = "norms, gates and rotary embedding take several passes each, and precision.int8=dynamic saves little"
+    return compiled.library(Path(__file__).with_suffix(".cpp"), without)

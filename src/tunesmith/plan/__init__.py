@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Method, MethodKind, OptimizerKind, Train
-from tunesmith.hardware import Machine, overheads, peak_flops
-from tunesmith.plan.checks import PlanError, changed, device_gib, leaves, problems, target
+from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Matmul, Method, MethodKind, OptimizerKind, Train
+from tunesmith.hardware import Machine
+from tunesmith.peaks import overheads, peak_flops
+from tunesmith.plan.checks import PlanError, changed, device_gib, goes_with, leaves, problems, target
 from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes
@@ -240,18 +241,24 @@ def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) ->
 
 
 def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
-    """What engine.fit chooses from, the thriftiest with memory last."""
-    stages = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)] if world_size > 1 else [(0, False), (2, True)]
+    """What engine.fit chooses from, the thriftiest with memory last: ZeRO's stages and offload, or DDP and FSDP2, each with recomputation
+    and without; of these, what can be with the other settings."""
+    whole = {"engine.zero": 0, "engine.offload": False, "engine.fsdp": False}
+    split: list[dict[str, Any]]
     if config.engine.kind is not EngineKind.deepspeed:
-        stages = [(config.engine.zero, False)]
-    elif config.method.base is not Base.as_is:
-        stages = [stage for stage in stages if stage[0] != 3]
-    for zero, offload in stages:
+        split = [{"engine.fsdp": True}]
+    elif world_size == 1:
+        split = [{"engine.zero": 2, "engine.offload": True}]
+    else:
+        stages = ((1, False), (2, False), (3, False), (2, True), (3, True))
+        split = [{"engine.zero": zero, "engine.offload": offload} for zero, offload in stages]
+    least = changed(config, {**whole, "engine.checkpointing": False, "engine.checkpoint_every": 1})
+    for place in ({}, *split):
+        if not goes_with(least, place, world_size):
+            continue
         for checkpointing in (False, True):
             every = config.engine.checkpoint_every if checkpointing else 1
-            yield {
-                "engine.zero": zero, "engine.offload": offload, "engine.checkpointing": checkpointing, "engine.checkpoint_every": every,
-            }  # fmt: skip
+            yield {**whole, **place, "engine.checkpointing": checkpointing, "engine.checkpoint_every": every}
 
 
 def _plan(
@@ -289,7 +296,11 @@ def _plan(
     threads = config.hardware.threads or max(1, machine.cores // local_size)
     # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
-    peak, peak_note = peak_flops(config.hardware.peak, machine, config.precision.compute.value, cpu=on_cpu, threads=threads, measure=False)
+    peak, peak_note = peak_flops(config.hardware.peak, machine, config.precision.multiplied, cpu=on_cpu, threads=threads, measure=False)
+    gain = 1.0
+    if on_cpu and peak and config.precision.multiplied == "tf32":
+        own, _ = peak_flops(config.hardware.peak, machine, "fp32", cpu=True, threads=threads, measure=False)
+        gain = peak / own if own else 1.0
     trained = trained_weights(shape, config.method)
 
     def effort(shape: ModelShape, config: Config) -> tuple[Flops, dict[str, float]]:
@@ -302,7 +313,7 @@ def _plan(
             work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
             seconds = step_seconds(
                 shape, config, None if on_cpu else card, world_size, local_size=local_size,
-                work=work.of_a_rank(world_size), peak_flops=peak,
+                work=work.of_a_rank(world_size), peak_flops=peak, gain=gain,
                 tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
                 overheads=overheads(machine, threads, measure=False) if on_cpu else None,
             )  # fmt: skip
@@ -461,6 +472,13 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
     """tokens, longest: of the training data, 0 until counted."""
     train, per_step = config.train, plan.conversations_per_step
     places = plan.micro_batch * plan.accumulation * plan.world_size
+
+    def otherwise(changes: dict[str, Any]) -> float:
+        """GiB of a rank with other settings and the same micro-batch."""
+        row = plan.micro_batch * plan.longest_tokens
+        parts = memory_gib(plan.shape, changed(config, changes), plan.world_size, row, cpu=on_cpu, accumulated=plan.accumulation > 1)
+        return sum(parts.values())
+
     if not _varies(config) and places > per_step:
         yield f"{per_step} conversations leave {places - per_step} of a step's {places} places empty"
     if wanted := train.tokens_per_step:
@@ -476,14 +494,19 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
         yield f"the data has {plan.conversations} conversations, fewer than the {per_step} of a step"
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else 0
     if zero in (1, 2) and not config.engine.offload and plan.world_size > 1 and config.method.kind is not MethodKind.full:
-        whole = changed(config, {"engine.zero": 0})
-        row = plan.micro_batch * plan.longest_tokens
-        unsplit = memory_gib(plan.shape, whole, plan.world_size, row, cpu=on_cpu, accumulated=plan.accumulation > 1)
-        saved = sum(unsplit.values()) - plan.memory_gib
+        saved = otherwise({"engine.zero": 0}) - otherwise({})
         if saved < SPLIT_PAYS * plan.memory_gib:
             yield (
                 f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
                 "— type engine=accelerate"
+            )
+    if config.method.dora and config.method.dropout and config.method.base is Base.nf4:
+        of_dropout = [otherwise({"method.dora": dora}) - otherwise({"method.dora": dora, "method.dropout": 0.0}) for dora in (True, False)]
+        kept = of_dropout[0] - of_dropout[1]
+        if kept > 0.01 * plan.memory_gib:
+            yield (
+                f"method.dora=true with method.dropout={config.method.dropout:g} keeps the dequantised weight of each adapted layer: "
+                f"{kept:.2f} GiB of {plan.memory_gib:.2f}, which is what nf4 saves — type method.dropout=0"
             )
     if plan.cache and 0 < plan.epochs <= 1:
         yield "method.cache_frozen=true: the run is one epoch at most, and nothing is read again — type method.cache_frozen=false"
@@ -491,6 +514,8 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
         yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.compute.value}, so they may pass 100 %"
         if on_cpu and config.precision.compute is not Compute.fp32:
             yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
+    if config.precision.matmul is Matmul.high and config.precision.compute is not Compute.fp32:
+        yield f"precision.matmul=high: precision.compute={config.precision.compute.value} multiplies no fp32 matrices"
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
 
@@ -508,7 +533,8 @@ def _words(config: Config) -> str:
         kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
         kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
     base = "" if method.base is Base.as_is else f" on {'dynamic ' if multiplies_int8(config) else ''}{method.base.value}"
-    return f"{kind}{base}, {config.precision.compute.value}, {_engine_words(config)}"
+    high = " (matmul high)" if config.precision.multiplied == "tf32" else ""
+    return f"{kind}{base}, {config.precision.compute.value}{high}, {_engine_words(config)}"
 
 
 def _engine_words(config: Config) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Liger, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
-from tunesmith.hardware import CARDS, Card, Machine, find_card, given_peak
+from tunesmith.hardware import CARDS, Card, Machine, find_card
+from tunesmith.peaks import given_peak
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.optimizers import SETTINGS
 from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, multiplies_int8, without_liger
@@ -394,14 +395,13 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
     size_gib, tokens, train = least_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
     full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
-    pieces = changed(config, {"engine.fsdp": True})
     # In the order of what they cost: first those that leave the result as it is.
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
         (config.engine.checkpoint_every > 1, "engine.checkpoint_every=1", {"engine.checkpoint_every": 1}),
         (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
         (0 <= zero < 3 and world_size > 1, "engine.zero=3", {"engine.zero": 3}),
-        (zero < 0 and not config.engine.fsdp and not any(_fsdp_problems(pieces, world_size)), "engine=fsdp", {"engine.fsdp": True}),
+        (zero < 0 and not config.engine.fsdp and world_size > 1, "engine=fsdp", {"engine.fsdp": True}),
         (zero in (2, 3) and not config.engine.offload and not on_cpu, "engine.offload=true", {"engine.offload": True}),
         (not full and as_is, "method.base=int8", {"method.base": Base.int8}),
         (not full and as_is, "method.base=nf4", {"method.base": Base.nf4}),
@@ -410,14 +410,11 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
         (tokens >= 512, f"data.max_tokens={tokens // 4}", {"data.max_tokens": tokens // 4}),
     ]
 
-    already = set(_combination_problems(config, shape, world_size))
-
     def after(changes: Iterable[Mapping[str, Any]]) -> float:
         together = {path: value for change in changes for path, value in change.items()}
-        tried = changed(config, together)
-        if any(line not in already for line in _combination_problems(tried, shape, world_size)):
+        if not goes_with(config, together, world_size, shape):
             return math.inf  # as a quantised base with ZeRO 3: torn from its scales
-        return least_gib(tried, world_size, shape, on_cpu)
+        return least_gib(changed(config, together), world_size, shape, on_cpu)
 
     possible = [(words, changes) for fits, words, changes in remedies if fits]
     found: list[tuple[tuple[str, ...], float]] = []
@@ -439,6 +436,12 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
         f"data.max_tokens={tokens}: {shape.name} with {max(1, train.micro_batch)} x {tokens} tokens needs "
         f"{size_gib:.1f} GiB a rank, and the {'RAM of a rank' if on_cpu else 'card'} is {limit_gib:.1f} GiB — type {advice}"
     )
+
+
+def goes_with(config: Config, changes: Mapping[str, Any], world_size: int, shape: ModelShape | None = None) -> bool:
+    """Whether changes bring no problem between settings that the config has not already."""
+    already = set(_combination_problems(config, shape, world_size))
+    return already.issuperset(_combination_problems(changed(config, changes), shape, world_size))
 
 
 def least_gib(config: Config, world_size: int, shape: ModelShape, on_cpu: bool) -> float:

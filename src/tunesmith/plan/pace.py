@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tunesmith.config import Compute, Config, EngineKind, MethodKind
-from tunesmith.hardware import Card, Overheads
+from tunesmith.hardware import Card
+from tunesmith.peaks import Overheads
 from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, setting_of
 from tunesmith.plan.network import network_bytes_per_s, traffic
@@ -47,7 +48,7 @@ class Speed:
     """Between a card and main memory, one way."""
 
 
-# A CPU: shares of what `hardware.overheads` measures there, by least squares over bench/pace.py's steps on two cores of an Intel Xeon with
+# A CPU: shares of what `peaks.overheads` measures there, by least squares over bench/pace.py's steps on two cores of an Intel Xeon with
 # AMX (2026-11-29), the medians of three measurements. fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
 # 2048 x 2048. That of halves is low, as AMX's peak is far above what bringing matrices into its layout allows. Small matmuls pay for their
 # kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
@@ -110,6 +111,7 @@ def step_seconds(
     local_size: int = 0,
     work: Flops,
     peak_flops: float,
+    gain: float = 1.0,
     tokens: int,
     accumulation: int,
     trained: int,
@@ -119,7 +121,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
-    local_size: ranks on a machine (0: all are on one). work: this rank's in a step. tokens: of one of its `accumulation` micro-batches.
+    local_size: ranks on a machine (0: all are on one). work: this rank's in a step. gain: how many times that of torch's own matmuls the
+    peak is on a CPU, with precision.matmul=high. tokens: of one of its `accumulation` micro-batches.
     card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of
     them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
     """
@@ -128,20 +131,23 @@ def step_seconds(
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
-    gain = card.peak["int8"] / card.peak[config.precision.compute.value] if card and in_int8 and "int8" in card.peak else CPU_INT8
-    linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / gain
-    matmul = linear / speed.matmul_share + work.attention / speed.attention_share + work.over_context / speed.context_share
+    own = card.peak_of(config.precision.multiplied) if card else None
+    times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else CPU_INT8 / gain
+    linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
+    # Attention's kernel is torch's own whoever multiplies, and so is every second product over a context: they are too narrow.
+    attention = gain * work.attention / speed.attention_share + (1 + gain) / 2 * work.over_context / speed.context_share
+    matmul = linear / speed.matmul_share + attention
     matmul = matmul / peak_flops + accumulation * step.products * speed.product_s
     memory = accumulation * ((1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s)
     host = accumulation * (step.operators * speed.operator_s + step.functions * speed.function_s)
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero
-    own = trained / (world_size if (deepspeed and zero) or config.engine.fsdp else 1)
+    updated = trained / (world_size if (deepspeed and zero) or config.engine.fsdp else 1)
     # AdamW reads weight, gradient and two moments and writes three of them, in fp32; with a copy in halves for the matmuls.
-    update = own * (28 + (4 if deepspeed and compute == 2 else 0))
+    update = updated * (28 + (4 if deepspeed and compute == 2 else 0))
     if deepspeed and config.engine.offload:
-        moved = own * 2 * (compute if deepspeed else 4) / speed.host_bytes_per_s  # gradients down, weights up
+        moved = updated * 2 * (compute if deepspeed else 4) / speed.host_bytes_per_s  # gradients down, weights up
         optimizer = update / MAIN_MEMORY + moved
     else:
         optimizer = update / speed.bytes_per_s

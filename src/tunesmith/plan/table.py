@@ -25,7 +25,7 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """The fastest way to run a method at a length with a ZeRO stage; plan None: none fits."""
+    """The fastest way to run a method at a length with an engine; plan None: none fits."""
 
     method: str
     engine: str
@@ -73,7 +73,7 @@ def plan_text(
 
 
 def fits(config: Config, machine: Machine, world: int, local: int = 0, model_folder: Path | None = None) -> Iterator[Fit]:
-    """Each method x ZeRO stage x length, with the faster of recomputing and not among those that fit."""
+    """Each method x what is split x length, with the faster of recomputing and not among those that fit."""
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
     except ValueError as error:
@@ -81,14 +81,11 @@ def fits(config: Config, machine: Machine, world: int, local: int = 0, model_fol
     lengths = [tokens for tokens in LENGTHS if tokens <= shape.max_positions]
     on_cpu = target(config, machine)[0]
     limit = device_gib(machine, on_cpu, local or world)
-    engines: dict[tuple[int, bool], list[dict[str, Any]]] = {}
-    for choice in engine_choices(changed(config, {"method.base": Base.as_is}), world):
-        engines.setdefault((choice["engine.zero"], choice["engine.offload"]), []).append(choice)
     for method, changes in METHODS:
-        for (zero, offload), choices in engines.items():
-            words = f"ZeRO {zero}{', offload' * offload}" if config.engine.kind is EngineKind.deepspeed else "—"
-            if changes["method.base"] is not Base.as_is and zero == 3:
-                continue  # torn from its scales
+        engines: dict[str, list[dict[str, Any]]] = {}
+        for choice in engine_choices(changed(config, changes), world):
+            engines.setdefault(_split_words(changed(config, choice), world), []).append(choice)
+        for words, choices in engines.items():
             still = True
             for tokens in lengths:
                 plans = []
@@ -105,8 +102,16 @@ def fits(config: Config, machine: Machine, world: int, local: int = 0, model_fol
                 yield Fit(method, words, tokens, best)
 
 
+def _split_words(config: Config, world: int) -> str:
+    """What is split over ranks, and by what."""
+    engine = config.engine
+    if engine.kind is EngineKind.deepspeed:
+        return f"ZeRO {engine.zero}{', offload' * engine.offload}"
+    return "FSDP2" if engine.fsdp else "DDP" if world > 1 else "—"
+
+
 def fit_table(config: Config, machine: Machine, world: int, local: int = 0, model_folder: Path | None = None) -> str:
-    """What fits on this machine as a table: methods and ZeRO stages down, lengths across."""
+    """What fits on this machine as a table: methods and engines down, lengths across."""
     found = list(fits(config, machine, world, local, model_folder))
     lengths = sorted({fit.tokens for fit in found})
     rows: dict[tuple[str, str], dict[int, str]] = {}

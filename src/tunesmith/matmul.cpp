@@ -1,0 +1,237 @@
+// Products of fp32 matrices from products of bf16 ones: x = high + low, two halves of 8 bits each, so x y = high high + low high + high low, and
+// what is left out is 2^-16 of it at most. By AMX, whose tiles multiply bf16 and add up in fp32. Compiled when first used, by matmul.py.
+#include <cstdint>
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__linux__)
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace {
+
+// A tile is 16 rows of 64 bytes: of the left operand 16 lanes (its rows) of 32 numbers each, of the right one 16 pairs of depths, for 16 lanes
+// (its columns) each. Beside each tile of high halves lies that of the low ones.
+constexpr int64_t TILE = 1024, LANES = 16, STEP = 32;
+// Of the left operand so much is packed at a time, 1.5 MB, which a core's own cache holds; of the right one two tiles across.
+constexpr int64_t DEEP = 768, TALL = 512, WIDE = 2 * LANES;
+
+struct alignas(64) Configuration {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+const Configuration CONFIGURATION;
+
+int64_t rounded_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+__mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
+// 16 x 16 numbers of 32 bits.
+inline void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = i; j < i + 4; j++) {
+      t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+      t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; j++) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+// Sixteen numbers rounded to bf16, each in the lower half of 32 bits; shifted up by 16 they are fp32 again.
+inline __m512i halves(__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); }
+inline __m512 whole(__m512i low_half) { return (__m512)_mm512_slli_epi32(low_half, 16); }
+
+// A register a lane, of `depth` <= 32 numbers that lie one after the other, lanes `step` apart: pairs of bf16.
+inline void read_lanes(const float* x, int64_t step, int64_t lanes, int64_t depth, __m512i* high, __m512i* low) {
+  const __mmask16 near = first(depth), far = first(depth - 16);
+  for (int64_t i = 0; i < LANES; i++) {
+    if (i >= lanes) {
+      high[i] = low[i] = _mm512_setzero_si512();
+      continue;
+    }
+    const __m512 a = _mm512_maskz_loadu_ps(near, x + i * step), b = _mm512_maskz_loadu_ps(far, x + i * step + 16);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    const __m512 of_a = whole(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)));
+    const __m512 of_b = whole(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)));
+    high[i] = both;
+    low[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_sub_ps(b, of_b), _mm512_sub_ps(a, of_a));
+  }
+}
+
+// A register a pair of depths, of lanes that lie one after the other, depths `step` apart.
+inline void read_depths(const float* x, int64_t step, int64_t lanes, int64_t depth, __m512i* high, __m512i* low) {
+  const __mmask16 there = first(lanes);
+  for (int64_t p = 0; p < 16; p++) {
+    const __m512 a = 2 * p < depth ? _mm512_maskz_loadu_ps(there, x + 2 * p * step) : _mm512_setzero_ps();
+    const __m512 b = 2 * p + 1 < depth ? _mm512_maskz_loadu_ps(there, x + (2 * p + 1) * step) : _mm512_setzero_ps();
+    const __m512i of_a = halves(a), of_b = halves(b);
+    high[p] = _mm512_or_si512(of_a, _mm512_slli_epi32(of_b, 16));
+    low[p] = _mm512_or_si512(halves(_mm512_sub_ps(a, whole(of_a))), _mm512_slli_epi32(halves(_mm512_sub_ps(b, whole(of_b))), 16));
+  }
+}
+
+// A tile of high halves and one of low ones, of at most 16 lanes and 32 depths; what is not there is 0.
+inline void pack(const float* x, int64_t lane_step, int64_t depth_step, int64_t lanes, int64_t depth, bool is_right, char* to) {
+  __m512i high[16], low[16];
+  const bool by_lanes = depth_step == 1;
+  if (by_lanes)
+    read_lanes(x, lane_step, lanes, depth, high, low);
+  else
+    read_depths(x, depth_step, lanes, depth, high, low);
+  if (by_lanes == is_right) {
+    transpose(high);
+    transpose(low);
+  }
+  for (int i = 0; i < 16; i++) {
+    _mm512_store_si512(to + 64 * i, high[i]);
+    _mm512_store_si512(to + TILE + 64 * i, low[i]);
+  }
+}
+
+// sums [16 or 32, 32] = one or two groups of 16 lanes, `next` bytes apart, times two tiles across: 4 accumulators, 4 tiles for operands.
+template <int GROUPS>
+inline void multiply(const char* left, int64_t next, const char* right, int64_t steps, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (GROUPS > 1) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (const char* end = right + steps * 4 * TILE; right < end; left += 2 * TILE, right += 4 * TILE) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(6, right, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + 2 * TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (GROUPS > 1) {
+      _tile_loadd(5, left + next, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(4, left + TILE, 64);  // low, high
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (GROUPS > 1) {
+      _tile_loadd(4, left + next + TILE, 64);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_loadd(6, right + TILE, 64);  // high, low
+    _tile_loadd(7, right + 3 * TILE, 64);
+    if (GROUPS > 1) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(4, left, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, sums, 4 * WIDE);
+  _tile_stored(1, sums + LANES, 4 * WIDE);
+  if (GROUPS > 1) {
+    _tile_stored(2, sums + LANES * WIDE, 4 * WIDE);
+    _tile_stored(3, sums + LANES * WIDE + LANES, 4 * WIDE);
+  }
+}
+
+struct Matrix {
+  const float* at;
+  int64_t row, column;  // steps between rows and between columns; one of them is 1
+  const float* from(int64_t i, int64_t j) const { return at + i * row + j * column; }
+};
+
+// What a thread packs, for as long as it lives.
+struct Room {
+  char* const at = static_cast<char*>(std::aligned_alloc(64, DEEP * (TALL + WIDE) * 4));
+  ~Room() { std::free(at); }
+};
+
+// to = beta to + alpha sums, of which `rows` and `columns` count. beta 0 reads nothing.
+void put(const float* sums, float* to, int64_t step, int64_t rows, int64_t columns, float alpha, float beta) {
+  const __mmask16 near = first(columns), far = first(columns - 16);
+  const __m512 a = _mm512_set1_ps(alpha), b = _mm512_set1_ps(beta);
+  for (int64_t i = 0; i < rows; i++, to += step, sums += WIDE) {
+    __m512 x = _mm512_mul_ps(a, _mm512_load_ps(sums)), y = _mm512_mul_ps(a, _mm512_load_ps(sums + 16));
+    if (beta != 0) {
+      x = _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(near, to), x);
+      y = _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(far, to + 16), y);
+    }
+    _mm512_mask_storeu_ps(to, near, x);
+    _mm512_mask_storeu_ps(to + 16, far, y);
+  }
+}
+
+// One thread's share: out [m, n], rows `step` apart.
+void share(Matrix left, Matrix right, float* out, int64_t step, int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+  static thread_local Room room;
+  char *const lefts = room.at, *const rights = room.at + DEEP * TALL * 4;
+  alignas(64) float sums[2 * LANES * WIDE];
+  const int64_t cuts = (k + DEEP - 1) / DEEP, deep = rounded_up((k + cuts - 1) / cuts, STEP);
+  for (int64_t depth = 0; depth < k; depth += deep) {
+    const int64_t here = std::min(deep, k - depth), steps = (here + STEP - 1) / STEP, next = steps * 2 * TILE;
+    for (int64_t top = 0; top < m; top += TALL) {
+      const int64_t tall = std::min(TALL, m - top);
+      for (int64_t i = 0; i < tall; i += LANES)
+        for (int64_t s = 0; s < steps; s++)
+          pack(left.from(top + i, depth + s * STEP), left.row, left.column, tall - i, here - s * STEP, false, lefts + i / LANES * next + s * 2 * TILE);
+      for (int64_t j = 0; j < n; j += WIDE) {
+        for (int64_t half = 0; half < 2; half++)  // one that is not there is multiplied all the same, and not put anywhere
+          for (int64_t s = 0; s < steps && j + half * LANES < n; s++)
+            pack(right.from(depth + s * STEP, j + half * LANES), right.column, right.row, n - j - half * LANES, here - s * STEP, true,
+                 rights + s * 4 * TILE + half * 2 * TILE);
+        for (int64_t i = 0; i < tall; i += 2 * LANES) {
+          const char* const at = lefts + i / LANES * next;
+          if (i + LANES < tall)
+            multiply<2>(at, next, rights, steps, sums);
+          else
+            multiply<1>(at, next, rights, steps, sums);
+          put(sums, out + (top + i) * step + j, step, std::min(2 * LANES, tall - i), std::min(WIDE, n - j), alpha, depth ? 1.0f : beta);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Whether this system lets this process use tiles: asked for once (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
+extern "C" int allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+// out = beta out + alpha left right: [m, k] and [k, n] with one step of 1 each, out with columns side by side. beta 0 reads nothing there.
+extern "C" void product(const float* left, int64_t left_row, int64_t left_column, const float* right, int64_t right_row, int64_t right_column,
+                        float* out, int64_t step, int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+#pragma omp parallel
+  {
+    _tile_loadconfig(&CONFIGURATION);
+    // Threads share the longer side, and each packs all of the other operand that it needs: no waiting, and nothing of another core's cache.
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), longer = std::max(m, n), pieces = (longer + WIDE - 1) / WIDE;
+    const int64_t from = std::min(longer, pieces * thread / threads * WIDE), to = std::min(longer, pieces * (thread + 1) / threads * WIDE);
+    const Matrix a = {left, left_row, left_column}, b = {right, right_row, right_column};
+    if (from < to && n >= m) share(a, {b.from(0, from), b.row, b.column}, out + from, step, m, to - from, k, alpha, beta);
+    if (from < to && n < m) share({a.from(from, 0), a.row, a.column}, b, out + from * step, step, to - from, n, k, alpha, beta);
+    _tile_release();
+  }
+}
+
+#else
+
+extern "C" int allowed() { return 0; }
+
+#endif
