@@ -33,7 +33,12 @@ from bench.sets import SETS, Set, write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-ROWS: dict[str, list[str]] = {"tunesmith fp32": [], "tunesmith int8": ["method.base=int8", "precision.int8=dynamic"]}
+ROWS: dict[str, list[str]] = {
+    "tunesmith fp32": [],
+    "tunesmith fp32, matmul high": ["precision.matmul=high"],
+    "tunesmith int8": ["method.base=int8", "precision.int8=dynamic"],
+    "tunesmith int8, matmul high": ["method.base=int8", "precision.int8=dynamic", "precision.matmul=high"],
+}
 """tunesmith's rows and what each says more; a row that this version refuses is left out, and its refusal printed."""
 PEER = ("torch", "transformers", "peft", "accelerate", "datasets", "trl")
 THREADS, RATE = 2, 2e-4

@@ -13,8 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.test_model import CPU, config_for, examples
+from tunesmith import matmul
 from tunesmith.config import Base, Batching
 from tunesmith.data.layout import lay_out
 from tunesmith.model import build_model
@@ -333,3 +335,35 @@ def test_a_norm_that_is_trained_stays_transformers() -> None:
     wanted, got = (model.base_model.model.model.norm.weight.grad for model in (plain, joined))
     assert torch.allclose(got, wanted, rtol=1e-4)
     assert wanted.abs().sum() > 0
+
+
+def test_at_high_precision_a_models_loss_and_gradients_are_pefts_to_1e_5() -> None:
+    halves = matmul.library(" by bf16 halves")
+    if not halves.is_here():
+        pytest.skip("no AMX here")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=192, intermediate_size=320, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, vocab_size=600
+    )  # fmt: skip
+    plain = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
+    for name, weight in plain.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.05)
+    joined = copy.deepcopy(plain)
+    join_adapters(joined)
+    ids = torch.randint(600, (2, 150))
+
+    def gradients(model: Any) -> tuple[float, torch.Tensor]:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return float(loss), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    (wanted_loss, wanted) = gradients(plain)
+    matmul.take(halves)
+    try:
+        loss, found = gradients(joined)
+    finally:
+        matmul.give_back()
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert not torch.equal(found, wanted)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5

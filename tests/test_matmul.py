@@ -140,6 +140,19 @@ def test_halves_take_every_size_and_layout(size: tuple[int, int, int]) -> None:
         assert torch.equal(empty, HALVES.product(left, right, None)), "with beta 0 what was there is not read"
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sum_of_products_is_the_same_by_whatever_library(taken: Library, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, down, up = torch.randn(130, 700), torch.randn(200, 700), torch.randn(130, 40), torch.randn(200, 40)
+    terms = [(x[:, :650], weight[:, :650].t(), 1.0), (down[:, 3:20], up[:, 3:20].t(), 0.25), (down, up.t(), 1.0)]
+    added, kept = torch.randn(200) if bias else None, down.clone()
+    wanted = sum(by * (left.double() @ right.double()) for left, right, by in terms) + (0 if added is None else added.double())
+    assert off(matmul.added_up(terms, added), wanted) < ERROR[taken.name]
+    assert torch.equal(down, kept), "what is scaled is a copy"
+    halves = [(left.bfloat16(), right.bfloat16(), by) for left, right, by in terms]
+    assert matmul.added_up(halves).dtype is torch.bfloat16
+
+
 def test_halves_give_the_same_bits_whatever_threads_share() -> None:
     if not HALVES.is_here():
         pytest.skip("no AMX here")

@@ -157,6 +157,20 @@ struct Matrix {
   const float* from(int64_t i, int64_t j) const { return at + i * row + j * column; }
 };
 
+// One of the products that are added up: [m, depth] and [depth, n].
+struct Term {
+  Matrix left, right;
+  int64_t depth;
+};
+
+// 32 depths of a term, or what it has left.
+struct Step {
+  const Term* term;
+  int64_t depth;
+  int64_t left_over() const { return term->depth - depth; }
+  Step after() const { return left_over() > STEP ? Step{term, depth + STEP} : Step{term + 1, 0}; }
+};
+
 // What a thread packs, for as long as it lives.
 struct Room {
   char* const at = static_cast<char*>(std::aligned_alloc(64, DEEP * (TALL + WIDE) * 4));
@@ -178,31 +192,41 @@ void put(const float* sums, float* to, int64_t step, int64_t rows, int64_t colum
   }
 }
 
-// One thread's share: out [m, n], rows `step` apart.
-void share(Matrix left, Matrix right, float* out, int64_t step, int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+// A thread's share of out = beta out + alpha (the sum of all terms): rows from `row` and columns from `column` on, of which there are m and n.
+void share(const Term* terms, int64_t count, float* out, int64_t step, int64_t row, int64_t column, int64_t m, int64_t n, float alpha, float beta) {
   static thread_local Room room;
   char *const lefts = room.at, *const rights = room.at + DEEP * TALL * 4;
   alignas(64) float sums[2 * LANES * WIDE];
-  const int64_t cuts = (k + DEEP - 1) / DEEP, deep = rounded_up((k + cuts - 1) / cuts, STEP);
-  for (int64_t depth = 0; depth < k; depth += deep) {
-    const int64_t here = std::min(deep, k - depth), steps = (here + STEP - 1) / STEP, next = steps * 2 * TILE;
+  Step at[DEEP / STEP];
+  int64_t all = 0;
+  for (int64_t t = 0; t < count; t++) all += (terms[t].depth + STEP - 1) / STEP;
+  const int64_t cuts = (all * STEP + DEEP - 1) / DEEP, most = (all + cuts - 1) / cuts;
+  Step next_step = {terms, 0};
+  out += row * step + column;
+  for (int64_t done = 0; done < all; done += most) {
+    const int64_t steps = std::min(most, all - done), next = steps * 2 * TILE;
+    for (int64_t s = 0; s < steps; s++, next_step = next_step.after()) at[s] = next_step;
     for (int64_t top = 0; top < m; top += TALL) {
       const int64_t tall = std::min(TALL, m - top);
       for (int64_t i = 0; i < tall; i += LANES)
-        for (int64_t s = 0; s < steps; s++)
-          pack(left.from(top + i, depth + s * STEP), left.row, left.column, tall - i, here - s * STEP, false, lefts + i / LANES * next + s * 2 * TILE);
+        for (int64_t s = 0; s < steps; s++) {
+          const Matrix& left = at[s].term->left;
+          pack(left.from(row + top + i, at[s].depth), left.row, left.column, tall - i, at[s].left_over(), false, lefts + i / LANES * next + s * 2 * TILE);
+        }
       for (int64_t j = 0; j < n; j += WIDE) {
         for (int64_t half = 0; half < 2; half++)  // one that is not there is multiplied all the same, and not put anywhere
-          for (int64_t s = 0; s < steps && j + half * LANES < n; s++)
-            pack(right.from(depth + s * STEP, j + half * LANES), right.column, right.row, n - j - half * LANES, here - s * STEP, true,
+          for (int64_t s = 0; s < steps && j + half * LANES < n; s++) {
+            const Matrix& right = at[s].term->right;
+            pack(right.from(at[s].depth, column + j + half * LANES), right.column, right.row, n - j - half * LANES, at[s].left_over(), true,
                  rights + s * 4 * TILE + half * 2 * TILE);
+          }
         for (int64_t i = 0; i < tall; i += 2 * LANES) {
-          const char* const at = lefts + i / LANES * next;
+          const char* const packed = lefts + i / LANES * next;
           if (i + LANES < tall)
-            multiply<2>(at, next, rights, steps, sums);
+            multiply<2>(packed, next, rights, steps, sums);
           else
-            multiply<1>(at, next, rights, steps, sums);
-          put(sums, out + (top + i) * step + j, step, std::min(2 * LANES, tall - i), std::min(WIDE, n - j), alpha, depth ? 1.0f : beta);
+            multiply<1>(packed, next, rights, steps, sums);
+          put(sums, out + (top + i) * step + j, step, std::min(2 * LANES, tall - i), std::min(WIDE, n - j), alpha, done ? 1.0f : beta);
         }
       }
     }
@@ -214,18 +238,17 @@ void share(Matrix left, Matrix right, float* out, int64_t step, int64_t m, int64
 // Whether this system lets this process use tiles: asked for once (arch_prctl, ARCH_REQ_XCOMP_PERM of XTILEDATA).
 extern "C" int allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// out = beta out + alpha left right: [m, k] and [k, n] with one step of 1 each, out with columns side by side. beta 0 reads nothing there.
-extern "C" void product(const float* left, int64_t left_row, int64_t left_column, const float* right, int64_t right_row, int64_t right_column,
-                        float* out, int64_t step, int64_t m, int64_t n, int64_t k, float alpha, float beta) {
+// out [m, n] = beta out + alpha (the sum of all terms): operands with one step of 1 each, out with columns side by side, its rows `step`
+// apart. beta 0 reads nothing there.
+extern "C" void products(const Term* terms, int64_t count, float* out, int64_t step, int64_t m, int64_t n, float alpha, float beta) {
 #pragma omp parallel
   {
     _tile_loadconfig(&CONFIGURATION);
     // Threads share the longer side, and each packs all of the other operand that it needs: no waiting, and nothing of another core's cache.
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), longer = std::max(m, n), pieces = (longer + WIDE - 1) / WIDE;
     const int64_t from = std::min(longer, pieces * thread / threads * WIDE), to = std::min(longer, pieces * (thread + 1) / threads * WIDE);
-    const Matrix a = {left, left_row, left_column}, b = {right, right_row, right_column};
-    if (from < to && n >= m) share(a, {b.from(0, from), b.row, b.column}, out + from, step, m, to - from, k, alpha, beta);
-    if (from < to && n < m) share({a.from(from, 0), a.row, a.column}, b, out + from * step, step, to - from, n, k, alpha, beta);
+    if (from < to && n >= m) share(terms, count, out, step, 0, from, m, to - from, alpha, beta);
+    if (from < to && n < m) share(terms, count, out, step, from, 0, to - from, n, alpha, beta);
     _tile_release();
   }
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ NARROW = 96
 FASTER = 1.25
 """How much faster another library must be to be taken: less may be noise on a busy machine, and another library rounds otherwise."""
 
-_taken: list[torch.library.Library] = []
+_taken: list[tuple[Library, torch.library.Library]] = []
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Library:
     """left @ right + bias: [m, k], [k, n] and [n] give [m, n]."""
     add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float], object]
     """out = beta * out + alpha * left @ right, where out has its columns side by side; beta 0 reads nothing of out."""
+    sum: Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]], float, float], object] | None = None
+    """The same of several products, which are added up before anything is written; None: not by this one."""
 
 
 def has_onednn() -> bool:
@@ -82,8 +84,8 @@ def _tiles() -> ctypes.CDLL | None:
     if library is None or not library.allowed():
         return None
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.product.argtypes = [pointer, whole, whole, pointer, whole, whole, pointer, whole, whole, whole, whole, number, number]
-    library.product.restype = None
+    library.products.argtypes = [pointer, whole, pointer, whole, whole, whole, number, number]
+    library.products.restype = None
     return library
 
 
@@ -100,18 +102,42 @@ def _by_halves(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _add_by_halves(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float, alpha: float) -> None:
+    _sum_by_halves(out, [(left, right)], beta, alpha)
+
+
+def _sum_by_halves(out: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], beta: float, alpha: float) -> None:
+    """out = beta * out + alpha * the sum of left @ right."""
     library = _tiles()
     assert library is not None
-    library.product(
-        left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), out.data_ptr(), out.stride(0), *out.shape, left.shape[1],
-        alpha, beta,
-    )  # fmt: skip
+    numbers = [n for left, right in pairs for n in (left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), left.shape[1])]
+    library.products((ctypes.c_int64 * len(numbers))(*numbers), len(pairs), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
 
 
 LIBRARIES = (
     Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn),
-    Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves),
+    Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves, _sum_by_halves),
 )
+
+
+def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of bias [n] and scale * left @ right of all terms (left [m, any], right [any, n], scale), one after the other, or, by halves,
+    with no sum written before the last: where a wide product and narrow ones make one tensor, that goes to memory once."""
+    import torch
+
+    (left, right, scale), *others = terms
+    m, n = left.shape[0], right.shape[1]
+    types = {x.dtype for term in terms for x in term[:2]}
+    together, suits = (_taken[0][0].sum, _taken[0][0].suits) if _taken else (None, None)
+    is_work = types == {torch.float32} and m * n * left.shape[1] >= LEAST
+    if together and suits and is_work and all(suits(one, other) for one, other, _ in terms):
+        out = left.new_empty(m, n) if bias is None else bias.expand(m, n).contiguous()
+        together(out, [(one if by == 1 else one * by, other) for one, other, by in terms], float(bias is not None), 1.0)
+        return out
+    assert scale == 1
+    out = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
+    for one, other, by in others:
+        torch.addmm(out, one, other, alpha=by, out=out)
+    return out
 
 
 def library(name: str) -> Library:
@@ -170,10 +196,10 @@ def take(chosen: Library) -> None:
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # that a kernel is replaced is what is meant
         for name, kernel in (("mm", product), ("mm.out", product_into), ("addmm", biased), ("addmm.out", added_into)):
             library.impl(name, kernel, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
-    _taken.append(library)  # kernels live as long as it
+    _taken.append((chosen, library))  # kernels live as long as it
 
 
 def give_back() -> None:
     """Undo take."""
     while _taken:
-        _taken.pop()._destroy()  # type: ignore[no-untyped-call]
+        _taken.pop()[1]._destroy()  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.matmul import added_up
 from tunesmith.model import int8
 from tunesmith.model.between import Again, again, keep_inputs_alone
 
@@ -82,12 +83,10 @@ class _Joined(torch.autograd.Function):
             of_x: torch.Tensor | None = None
             if wants_x and frozen[0].dtype is torch.int8:
                 of_x = int8.multiply_back(of_y, *frozen)
-            elif wants_x:
-                of_x = torch.mm(of_y[0], frozen[0])
-                for of, weight in zip(of_y[1:], frozen[1:], strict=True):
-                    torch.addmm(of_x, of, weight, out=of_x)
-            if of_x is not None:
                 torch.addmm(of_x, of_inner, _stacked(all_a, dtype), out=of_x)
+            elif wants_x:
+                terms = [(of, weight, 1.0) for of, weight in zip(of_y, frozen, strict=True)]
+                of_x = added_up([*terms, (of_inner, _stacked(all_a, dtype), 1.0)])
         return of_x if of_x is None else of_x.view(shape), None, None, None, *of_pairs
 
 
@@ -120,15 +119,21 @@ def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
         *ys, inner = cast("tuple[torch.Tensor, ...]", outputs)
         with torch.no_grad():
             rows, biases = x.flatten(0, -2), [one.base.bias for one in layers]
+            adapters = [
+                (mine, one.b.to(x.dtype).t(), one.scale)
+                for one, mine in zip(layers, _columns(inner, [len(one.a) for one in layers]), strict=True)
+            ]
             if is_int8:
                 products = int8.multiply(rows, frozen[0], frozen[1], biases, [len(one.b) for one in layers])
+                for product, (mine, b, scale) in zip(products, adapters, strict=True):
+                    torch.addmm(product, mine, b, alpha=scale, out=product)
             else:
                 products = [
-                    torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-                    for weight, bias in zip(frozen, biases, strict=True)
+                    added_up([(rows, weight.t(), 1.0), adapter], bias)
+                    for weight, adapter, bias in zip(frozen, adapters, biases, strict=True)
                 ]
-            for one, y, product, mine in zip(layers, ys, products, _columns(inner, [len(one.a) for one in layers]), strict=True):
-                y.data = torch.addmm(product, mine, one.b.to(x.dtype).t(), alpha=one.scale, out=product).view(y.shape)
+            for y, product in zip(ys, products, strict=True):
+                y.data = product.view(y.shape)
     return ys
 
 
