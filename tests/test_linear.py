@@ -356,7 +356,7 @@ def test_at_high_precision_a_models_loss_and_gradients_are_pefts_to_1e_5() -> No
     def gradients(model: Any) -> tuple[float, torch.Tensor]:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        return float(loss), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+        return float(loss.detach()), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
     (wanted_loss, wanted) = gradients(plain)
     matmul.take(halves)
