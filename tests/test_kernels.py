@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from tunesmith import matmul
 from tunesmith.data.layout import Segment
-from tunesmith.model import attention
+from tunesmith.model import attention, kernels
 from tunesmith.model.attention import Layout, ragged_attention, rectangles
 from tunesmith.model.kernels import CPU, EFFICIENT, FLASH, Causal, Kernels, attend, attend_backward, card_row, error, is_right
 
@@ -227,3 +228,53 @@ def test_a_row_that_is_wrong_on_a_device_is_not_used(fault: str, says: str, capl
     assert says in caplog.text and len(caplog.records) == 1
     caplog.clear()
     assert is_right(CPU, HERE, torch.float32, 16) and not caplog.records
+
+
+@pytest.fixture
+def by_halves() -> Iterator[None]:
+    if not matmul.HALVES.is_here():
+        pytest.skip("no AMX here")
+    matmul.take(matmul.HALVES)
+    yield
+    matmul.give_back()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(
+    ("n", "heads", "kv_heads", "keys", "d"),
+    [(7, 3, 3, 5, 64), (33, 9, 3, 600, 64), (200, 4, 2, 1025, 48), (70, 2, 1, 520, 128), (64, 8, 8, 512, 32), (2, 3, 1, 40, 16)],
+)
+def test_by_halves_attention_to_a_context_is_plain_arithmetics(
+    n: int, heads: int, kv_heads: int, keys: int, d: int, scale: float | None, threads: int, by_halves: None
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    q, grad = (3 * torch.randn(1, heads, n, d) for _ in range(2))
+    k, v = (torch.randn(1, kv_heads, keys, d) for _ in range(2))
+    many = [x.double() for x in (q, k, v, grad)]
+    wanted = kernels._over_context(*many[:3], scale)
+    back = kernels._back_over_context(many[3], *many[:3], *wanted, scale, True)
+    torch.set_num_threads(threads)
+    try:
+        found = kernels._over_context(q, k, v, scale)
+        single = [x.float() for x in wanted]
+        of_all = kernels._back_over_context(grad, q, k, v, *single, scale, True)
+        of_q, *none = kernels._back_over_context(grad, q, k, v, *single, scale, False)
+    finally:
+        torch.set_num_threads(before)
+    assert none == [None, None] and torch.equal(of_q, of_all[0])
+    for one, other in zip((*found, *of_all), (*wanted, *back), strict=True):
+        assert one is not None and other is not None and one.shape == other.shape
+        # Scores are up to 40 here, of which halves leave 4 units of a million.
+        assert float((one.double() - other).norm() / other.norm()) < 1e-4
+
+
+def test_by_halves_a_key_far_above_the_others_takes_all(by_halves: None) -> None:
+    """Scores of a thousand: exponentials are of differences to the largest yet, so nothing is infinite, and blocks before count nothing."""
+    torch.manual_seed(0)
+    q, k, v = torch.ones(1, 1, 40, 64), torch.zeros(1, 1, 1300, 64), torch.randn(1, 1, 1300, 64)
+    k[0, 0, 1200] = 125.0
+    out, sums = kernels._over_context(q, k, v, None)
+    assert torch.allclose(out, v[:, :, 1200:1201].expand_as(out), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(sums, torch.full_like(sums, 1000.0))

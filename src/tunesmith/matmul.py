@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,8 @@ def _tiles() -> ctypes.CDLL | None:
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.products.argtypes = [pointer, whole, pointer, whole, whole, whole, number, number]
     library.products.restype = None
+    library.attention.argtypes = [pointer] * 5 + [whole] * 5 + [number]
+    library.attention_back.argtypes = [pointer] * 9 + [whole] * 5 + [number]
     return library
 
 
@@ -113,10 +116,9 @@ def _sum_by_halves(out: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.
     library.products((ctypes.c_int64 * len(numbers))(*numbers), len(pairs), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
 
 
-LIBRARIES = (
-    Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn),
-    Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves, _sum_by_halves),
-)
+ONEDNN = Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn)
+HALVES = Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves, _sum_by_halves)
+LIBRARIES = (ONEDNN, HALVES)
 
 
 def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -138,6 +140,45 @@ def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: to
     for one, other, by in others:
         torch.addmm(out, one, other, alpha=by, out=out)
     return out
+
+
+def by_tiles() -> bool:
+    """Whether fp32 matrices are multiplied by halves in this process: then so is attention to keys that all queries see."""
+    return bool(_taken) and _taken[0][0] is HALVES
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without a mask, by halves: q [heads, rows, d] over k and v [heads, keys, d], all contiguous; out, and the log-sum-exp of
+    each row's scores times factor [heads, rows]. A block of scores never leaves a core's cache (arXiv 2205.14135)."""
+    library, (heads, rows, d) = _tiles(), q.shape
+    assert library is not None
+    out, sums = q.new_empty(q.shape), q.new_empty(heads, rows)
+    places = [x.data_ptr() for x in (q, k, v, out, sums)]
+    library.attention(*places, heads, rows, k.shape[1], d, _cuts(heads, rows), factor)
+    return out, sums
+
+
+def attention_back(
+    of_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, drift: torch.Tensor, factor: float,
+    wants_keys: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """The gradients to q, k and v (those only where they are wanted); drift [heads, rows]: the sum of out times its gradient."""
+    library, (heads, rows, d) = _tiles(), q.shape
+    assert library is not None
+    cuts = _cuts(heads, rows)
+    of_q = q.new_empty(q.shape)
+    of_k, of_v = (q.new_empty(cuts, *k.shape) for _ in range(2)) if wants_keys else (None, None)
+    places = [x if x is None else x.data_ptr() for x in (of_out, q, k, v, sums, drift, of_q, of_k, of_v)]
+    library.attention_back(*places, heads, rows, k.shape[1], d, cuts, factor)
+    return of_q, of_k if of_k is None else of_k.sum(0), of_v if of_v is None else of_v.sum(0)
+
+
+def _cuts(heads: int, rows: int) -> int:
+    """Into how many shares each head's rows are cut, so that threads have equally many."""
+    import torch
+
+    threads = torch.get_num_threads()
+    return min(rows, threads // gcd(threads, heads))
 
 
 def library(name: str) -> Library:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from tunesmith import matmul
 from tunesmith.model import native
 
 aten = torch.ops.aten
@@ -69,6 +70,9 @@ def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
     rows, factor = _by_key_head(q, k), _factor(q, scale)
+    if matmul.by_tiles():
+        out, sums = matmul.attention(rows.contiguous(), k[0], v[0], factor)
+        return out.view(q.shape), sums.view(q.shape[:3])
     out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
     for head, part in _pieces(rows, k.shape[2]):
         scores = torch.mm(rows[head, part] * factor, k[0, head].t())
@@ -97,6 +101,10 @@ def _back_over_context(
     rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
     sums = total.reshape(rows.shape[:2])
     drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
+    if matmul.by_tiles():
+        of_out, rows, sums, drift = (x.contiguous() for x in (of_out, rows, sums, drift))
+        of_rows, of_k, of_v = matmul.attention_back(of_out, rows, k[0], v[0], sums, drift, factor, wants_keys)
+        return of_rows.view(q.shape), of_k if of_k is None else of_k[None], of_v if of_v is None else of_v[None]
     of_q = torch.empty_like(rows)
     of_k, of_v = (torch.zeros_like(k), torch.zeros_like(v)) if wants_keys else (None, None)
     for head, part in _pieces(rows, k.shape[2]):
