@@ -142,9 +142,11 @@ def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: to
     return out
 
 
-def by_tiles() -> bool:
-    """Whether fp32 matrices are multiplied by halves in this process: then so is attention to keys that all queries see."""
-    return bool(_taken) and _taken[0][0] is HALVES
+def by_tiles(q: torch.Tensor) -> bool:
+    """Whether fp32 matrices are multiplied by halves in this process: then so is attention of such queries to keys that all of them see."""
+    import torch
+
+    return bool(_taken) and _taken[0][0] is HALVES and q.dtype is torch.float32
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:

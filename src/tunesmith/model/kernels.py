@@ -70,7 +70,7 @@ def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
     rows, factor = _by_key_head(q, k), _factor(q, scale)
-    if matmul.by_tiles():
+    if matmul.by_tiles(q):
         out, sums = matmul.attention(rows.contiguous(), k[0], v[0], factor)
         return out.view(q.shape), sums.view(q.shape[:3])
     out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
@@ -101,7 +101,7 @@ def _back_over_context(
     rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
     sums = total.reshape(rows.shape[:2])
     drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
-    if matmul.by_tiles():
+    if matmul.by_tiles(q):
         of_out, rows, sums, drift = (x.contiguous() for x in (of_out, rows, sums, drift))
         of_rows, of_k, of_v = matmul.attention_back(of_out, rows, k[0], v[0], sums, drift, factor, wants_keys)
         return of_rows.view(q.shape), of_k if of_k is None else of_k[None], of_v if of_v is None else of_v[None]
