@@ -56,6 +56,8 @@ CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.12, Compute.fp16: 0.12}
 CPU_ATTENTION = {Compute.fp32: 0.21, Compute.bf16: 0.17, Compute.fp16: 0.17}
 CPU_CONTEXT = {Compute.fp32: 0.42, Compute.bf16: 0.17, Compute.fp16: 0.17}
 """In fp32 by plain matmuls, which were measured alone (docs/log.md: 256 queries over 3,061 keys in 11 ms and back in 15)."""
+TILES_CONTEXT = 0.55
+"""By bf16 halves, of their own peak: measured alone 0.6 forward and 0.8 back (docs/log.md), less beside other programs."""
 CPU_PRODUCT = {Compute.fp32: 8.9, Compute.bf16: 33.0, Compute.fp16: 33.0}
 """Of operator_s."""
 CPU_BANDWIDTH = 0.28
@@ -134,8 +136,9 @@ def step_seconds(
     own = card.peak_of(config.precision.multiplied) if card else None
     times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else CPU_INT8 / gain
     linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
-    # Attention's kernel is torch's own whoever multiplies, and so is every second product over a context: they are too narrow.
-    attention = gain * work.attention / speed.attention_share + (1 + gain) / 2 * work.over_context / speed.context_share
+    context_share = TILES_CONTEXT if gain > 1 else speed.context_share
+    # Attention inside a conversation is torch's own kernel, whoever multiplies.
+    attention = gain * work.attention / speed.attention_share + work.over_context / context_share
     matmul = linear / speed.matmul_share + attention
     matmul = matmul / peak_flops + accumulation * step.products * speed.product_s
     memory = accumulation * ((1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s)

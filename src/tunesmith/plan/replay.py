@@ -395,7 +395,7 @@ class Replayed:
     written: float
     """Bytes of all blocks."""
     operators: int
-    functions: int
+    functions: float
     """Autograd functions in Python, called or gone back through."""
     products: int
     """Matmuls of linear layers and of the head."""

@@ -15,7 +15,8 @@ class Heap:
         self.live = dict.fromkeys(PARTS, 0.0)
         self.total = self.peak = self.written = self.random = 0.0
         """random: numbers drawn for dropout."""
-        self.blocks = self.products = self.functions = 0
+        self.blocks = self.products = 0
+        self.functions = 0.0
         """functions: autograd functions that are written in Python, called or gone back through."""
         self.at_peak = dict(self.live)
 
@@ -77,9 +78,9 @@ class Tape:
         """What comes is not computed: a recomputed layer has been as far as its last saved tensor."""
         self.count = 0
 
-    def function(self, called: bool = True) -> None:
-        """An autograd function in Python is called, or gone back through."""
-        self.heap.functions += called and not self.stopped
+    def function(self, times: float = 1.0) -> None:
+        """An autograd function in Python is called, or gone back through; times: how much of ours it is."""
+        self.heap.functions += 0.0 if self.stopped else times
 
     def block(self, size: float, part: str = "activations") -> Block:
         return Block(self.heap, 0.0 if self.stopped else size, part)
