@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import ROOT, environment, free_port
 from tunesmith import doctor as room
+from tunesmith import hardware
 from tunesmith.compose import compose
 from tunesmith.config import Config
 from tunesmith.doctor import asking, doctor, experiment, explain, facts, inputs, legal, matrix_table, meeting, rules
@@ -167,6 +168,15 @@ def test_a_run_can_say_at_its_start_what_was_chosen() -> None:
     assert "fp32 on CPU" in explain(compose(["+exp=lora_cpu"]), CPU.machine)[0]
     unknown = Machine("cuda", ("NVIDIA Z9",), (8.0,))
     assert explain(compose(["+exp=lora_cpu", "hardware=any"]), unknown) == ["choice   NVIDIA Z9 has no row in the card table: nothing is known of its units"]
+
+
+def test_a_cpu_with_amx_is_told_what_it_could_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, wanted in (("fpu avx512f amx_bf16 amx_tile", 1), ("fpu avx512f", 0)):
+        monkeypatch.setattr(hardware, "cpu_words", lambda words=words: f"flags : {words}")
+        told = [line for line in explain(compose(["+exp=lora_cpu"]), CPU.machine) if "precision.matmul=high" in line]
+        assert len(told) == wanted
+        assert not any("matmul" in line for line in explain(compose(["+exp=lora_cpu", "precision.matmul=high"]), CPU.machine))
+        assert not any("matmul" in line for line in explain(compose(["+exp=qlora_t4"]), T4.machine))
 
 
 def test_the_page_shows_the_table() -> None:

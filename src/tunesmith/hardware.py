@@ -280,6 +280,11 @@ def cpu_words() -> str:
     return next((line for line in lines_of("/proc/cpuinfo") if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bf16."""
+    return "amx_bf16" in cpu_words().split()
+
+
 def _cgroup_files(controller: str, v2: str, v1: str) -> list[list[str]]:
     """Words of the controller's file in this process's cgroup and in all above it: any of them may set the limit."""
     found = []
