@@ -36,7 +36,7 @@ def trained(done: Finished) -> str:
 @pytest.mark.parametrize(
     ("launcher", "ranks", "engine", "stop_signal", "rank"),
     [
-        ("python", 1, ["engine=accelerate"], signal.SIGTERM, 0),
+        ("python", 1, ["engine=accelerate", "precision.matmul=high"], signal.SIGTERM, 0),
         ("deepspeed", 1, ["engine=deepspeed"], signal.SIGINT, 0),
         ("torchrun", 2, ["engine=accelerate", "method.first_layer=1", "method.cache_frozen=true"], signal.SIGUSR1, 1),
         ("plain", 2, ["engine=deepspeed", "engine.zero=3"], signal.SIGTERM, 1),
