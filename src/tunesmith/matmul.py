@@ -72,10 +72,10 @@ def _by_onednn(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | Non
 
 def _add_by_onednn(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float, alpha: float) -> None:
     found = _by_onednn(left, right)
-    if beta:
-        out.mul_(beta).add_(found, alpha=alpha)
-    else:
+    if not beta:
         out.copy_(found if alpha == 1 else found.mul_(alpha))
+    else:
+        (out if beta == 1 else out.mul_(beta)).add_(found, alpha=alpha)
 
 
 @cache
@@ -229,7 +229,9 @@ def take(chosen: Library) -> None:
         keys: Any, added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1, out: torch.Tensor
     ) -> Any:  # fmt: skip
         is_sum = added.data_ptr() == out.data_ptr() and added.shape == out.shape and added.stride() == out.stride()
-        if not (is_sum and takes(out, left, right)):
+        # Written apart and then added, a product of little depth costs more than another library saves.
+        is_worth_it = chosen.sum is not None or left.shape[1] >= NARROW
+        if not (is_sum and is_worth_it and takes(out, left, right)):
             return addmm_out.call_boxed(keys, added, left, right, beta=beta, alpha=alpha, out=out)
         chosen.add(out, left, right, float(beta), float(alpha))
         return out
