@@ -214,3 +214,31 @@ def test_halves_count_with_high_alone() -> None:
     assert peaks.measure_peak("tf32", "cpu", 1) == (9e11, HALVES.name)
     cache.write_text(json.dumps({key: 0.0 if "halves" in key else 2e11 for key in known}))
     assert peaks.measure_peak("tf32", "cpu", 1) == (2e11, ""), "where there is no AMX, high is highest"
+
+
+def test_what_was_measured_and_is_gone_is_not_taken_and_what_has_come_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halves(here: bool) -> Library:
+        return Library(HALVES.name, False, lambda: here, HALVES.suits, lambda left, right, bias: left @ right, HALVES.add)
+
+    monkeypatch.setattr(matmul, "LIBRARIES", (halves(False),))
+    assert peaks.measure_peak("tf32", "cpu", 1)[1] == ""
+    cache = hardware.cache_folder() / "peaks.json"
+    known = json.loads(cache.read_text())
+    assert [value for key, value in known.items() if "halves" in key] == [0.0]
+    monkeypatch.setattr(matmul, "LIBRARIES", (halves(True),))
+    peaks.measure_peak("tf32", "cpu", 1)
+    assert all(value > 0 for key, value in json.loads(cache.read_text()).items() if "halves" in key), "a compiler has come"
+    cache.write_text(json.dumps({key: 9e11 if "halves" in key else 2e11 for key in known}))
+    monkeypatch.setattr(matmul, "LIBRARIES", (halves(False),))
+    assert peaks.measure_peak("tf32", "cpu", 1) == (2e11, ""), "it has gone"
+
+
+def test_torchs_own_is_measured_whoever_multiplies(chosen: Library) -> None:
+    counter, library = counted(chosen)
+    matmul.take(library)
+    try:
+        with matmul.torchs_own():
+            assert counter.during(torch.float32) == 0
+        assert counter.during(torch.float32) == 6
+    finally:
+        matmul.give_back()

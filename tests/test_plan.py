@@ -853,6 +853,13 @@ def test_accelerate_is_split_where_whole_weights_do_not_fit() -> None:
         choices = list(engine_choices(config_of(**settings, **changes), world))
         assert choices
         assert not any(choice["engine.fsdp"] for choice in choices), changes
+    # What was set for the other engine is still looked at.
+    refused(config_of(**settings | {"engine__kind": EngineKind.deepspeed, "engine__fsdp": True}), A10S, 4)
+    # The thriftiest that is refused is FSDP2; what helps may be whole weights in four bits.
+    large: dict[str, Any] = {**ON_A10, "engine__kind": EngineKind.accelerate, "engine__fit": True, "model__known_as": "qwen2.5-7b"}
+    two = Machine("cuda", A10S.device_names[:2], (10.5, 10.5), 16, 128.0, "some CPU")
+    (line,) = refused(config_of(**large, data__max_tokens=256), two, 2)
+    assert "engine.fsdp=false method.base=nf4" in line
     table = plan_text(config_of(**settings, hardware__count=4), A10S, ranks=4, table=True)
     assert [line.split()[1] for line in table.splitlines()[2:4]] == ["DDP", "FSDP2"]
     assert not any("nf4" in line and "FSDP2" in line for line in table.splitlines())

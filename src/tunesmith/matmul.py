@@ -9,8 +9,10 @@ what PyTorch's "high" means (torch.set_float32_matmul_precision). Which is faste
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import compiled
+from tunesmith.hardware import has_amx
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,8 @@ LEAST = 1 << 20
 """Multiplications below which a matmul stays with torch's own library: another one's start, 25 microseconds, costs more than it saves."""
 NARROW = 96
 """Rows or columns below which a product is no work for halves: what is packed is then multiplied with too little."""
+MOST_COPIES = 4
+"""Of the gradients to keys and values, one for each share of the queries, that are added up at the end."""
 FASTER = 1.25
 """How much faster another library must be to be taken: less may be noise on a busy machine, and another library rounds otherwise."""
 
@@ -82,7 +87,11 @@ def _add_by_onednn(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, b
 def _tiles() -> ctypes.CDLL | None:
     """matmul.cpp, where this CPU and this system have AMX for it."""
     library = compiled.library(Path(__file__).with_suffix(".cpp"), "fp32 matrices are multiplied as with precision.matmul=highest")
-    if library is None or not library.allowed():
+    if library is None:
+        return None
+    if not library.allowed():
+        if has_amx():
+            print("tunesmith: this CPU has AMX, which its compiler or its system does not: matmul=high is highest here", file=sys.stderr)
         return None
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.products.argtypes = [pointer, whole, pointer, whole, whole, whole, number, number]
@@ -130,7 +139,7 @@ def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: to
     m, n = left.shape[0], right.shape[1]
     types = {x.dtype for term in terms for x in term[:2]}
     together, suits = (_taken[0][0].sum, _taken[0][0].suits) if _taken else (None, None)
-    is_work = types == {torch.float32} and m * n * left.shape[1] >= LEAST
+    is_work = left.device.type == "cpu" and types == {torch.float32} and m * n * left.shape[1] >= LEAST
     if together and suits and is_work and all(suits(one, other) for one, other, _ in terms):
         out = left.new_empty(m, n) if bias is None else bias.expand(m, n).contiguous()
         together(out, [(one if by == 1 else one * by, other) for one, other, by in terms], float(bias is not None), 1.0)
@@ -167,12 +176,13 @@ def attention_back(
     """The gradients to q, k and v (those only where they are wanted); drift [heads, rows]: the sum of out times its gradient."""
     library, (heads, rows, d) = _tiles(), q.shape
     assert library is not None
-    cuts = _cuts(heads, rows)
+    cuts = min(_cuts(heads, rows), MOST_COPIES) if wants_keys else _cuts(heads, rows)
     of_q = q.new_empty(q.shape)
     of_k, of_v = (q.new_empty(cuts, *k.shape) for _ in range(2)) if wants_keys else (None, None)
     places = [x if x is None else x.data_ptr() for x in (of_out, q, k, v, sums, drift, of_q, of_k, of_v)]
     library.attention_back(*places, heads, rows, k.shape[1], d, cuts, factor)
-    return of_q, of_k if of_k is None else of_k.sum(0), of_v if of_v is None else of_v.sum(0)
+    of_keys = [x if x is None else x[0] if cuts == 1 else x.sum(0) for x in (of_k, of_v)]
+    return of_q, of_keys[0], of_keys[1]
 
 
 def _cuts(heads: int, rows: int) -> int:
@@ -242,6 +252,18 @@ def take(chosen: Library) -> None:
         for name, kernel in (("mm", product), ("mm.out", product_into), ("addmm", biased), ("addmm.out", added_into)):
             library.impl(name, kernel, "CPU", with_keyset=True)  # type: ignore[no-untyped-call]
     _taken.append((chosen, library))  # kernels live as long as it
+
+
+@contextmanager
+def torchs_own() -> Iterator[None]:
+    """Meanwhile torch multiplies by itself."""
+    chosen = _taken[0][0] if _taken else None
+    give_back()
+    try:
+        yield
+    finally:
+        if chosen:
+            take(chosen)
 
 
 def give_back() -> None:

@@ -191,7 +191,7 @@ def explain(config: Config, machine: Machine) -> list[str]:
         return [f"choice   {machine.device_names[0]} has no row in the card table: nothing is known of its units"]
     facts = [line.fact for line in choices(config, None if on_cpu or card is None else card.capability)]
     if on_cpu and config.precision.multiplied == "fp32" and has_amx():
-        facts.insert(1, "matmul highest: this CPU has AMX, by which precision.matmul=high multiplies faster, off by 5e-6 and not 3e-7")
+        facts.insert(1, "matmul highest: this CPU has AMX, by which precision.matmul=high may multiply faster, off by 5e-6 and not 3e-7")
     return [f"choice   {fact}" for fact in facts]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tunesmith import matmul
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.data.batches import MicroBatch
 from tunesmith.model import TargetLoss, act_from, for_generation, read_beginning
@@ -167,9 +168,9 @@ def join(config: Config, world: World, device: torch.device, threads: int, resta
     os.environ["OMP_NUM_THREADS"] = str(threads)  # where it is not set, Accelerate sets torch's threads anew
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if config.precision.multiplied == "tf32":
-            torch.set_float32_matmul_precision("high")
-    elif config.precision.compute is Compute.fp32:
+    torch.set_float32_matmul_precision(config.precision.matmul.value if device.type == "cuda" else "highest")
+    matmul.give_back()  # what a run before in this process took
+    if device.type == "cpu" and config.precision.compute is Compute.fp32:
         take_faster_matmul(config.precision.multiplied, threads)
     if dist.is_initialized():
         return

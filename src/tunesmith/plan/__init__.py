@@ -243,7 +243,8 @@ def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) ->
 def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
     """What engine.fit chooses from, the thriftiest with memory last: ZeRO's stages and offload, or DDP and FSDP2, each with recomputation
     and without; of these, what can be with the other settings."""
-    whole = {"engine.zero": 0, "engine.offload": False, "engine.fsdp": False}
+    own = "engine.zero" if config.engine.kind is EngineKind.deepspeed else "engine.fsdp"
+    whole = {own: 0 if own == "engine.zero" else False, "engine.offload": False}
     split: list[dict[str, Any]]
     if config.engine.kind is not EngineKind.deepspeed:
         split = [{"engine.fsdp": True}]
@@ -511,10 +512,10 @@ def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) 
     if plan.cache and 0 < plan.epochs <= 1:
         yield "method.cache_frozen=true: the run is one epoch at most, and nothing is read again — type method.cache_frozen=false"
     if multiplies_int8(config):
-        yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.compute.value}, so they may pass 100 %"
+        yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.multiplied}, so they may pass 100 %"
         if on_cpu and config.precision.compute is not Compute.fp32:
             yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
-    if config.precision.matmul is Matmul.high and config.precision.compute is not Compute.fp32:
+    if config.precision.matmul is Matmul.high and config.precision.compute is not Compute.fp32 and not config.precision.fp32_layers:
         yield f"precision.matmul=high: precision.compute={config.precision.compute.value} multiplies no fp32 matrices"
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"

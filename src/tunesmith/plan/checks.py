@@ -393,7 +393,8 @@ def _hardware_problems(
 def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: float, on_cpu: bool) -> str:
     """The line for a model that does not fit, with the nearest three ways that do: fewest changes first."""
     size_gib, tokens, train = least_gib(config, world_size, shape, on_cpu), config.data.max_tokens, config.train
-    full, as_is = config.method.kind is MethodKind.full, config.method.base is Base.as_is
+    full = config.method.kind is MethodKind.full
+    quantisable = not full and config.method.base is Base.as_is
     zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else -1
     # In the order of what they cost: first those that leave the result as it is.
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
@@ -403,8 +404,12 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
         (0 <= zero < 3 and world_size > 1, "engine.zero=3", {"engine.zero": 3}),
         (zero < 0 and not config.engine.fsdp and world_size > 1, "engine=fsdp", {"engine.fsdp": True}),
         (zero in (2, 3) and not config.engine.offload and not on_cpu, "engine.offload=true", {"engine.offload": True}),
-        (not full and as_is, "method.base=int8", {"method.base": Base.int8}),
-        (not full and as_is, "method.base=nf4", {"method.base": Base.nf4}),
+        (quantisable, "method.base=int8", {"method.base": Base.int8}),
+        (quantisable, "method.base=nf4", {"method.base": Base.nf4}),
+        *(
+            (quantisable and config.engine.fsdp, f"engine.fsdp=false method.base={base.value}", {"engine.fsdp": False, "method.base": base})
+            for base in (Base.int8, Base.nf4)
+        ),
         (full, "method=lora", {"method.kind": MethodKind.lora}),
         (tokens >= 256, f"data.max_tokens={tokens // 2}", {"data.max_tokens": tokens // 2}),
         (tokens >= 512, f"data.max_tokens={tokens // 4}", {"data.max_tokens": tokens // 4}),

@@ -122,6 +122,7 @@ def fit_table(config: Config, machine: Machine, world: int, local: int = 0, mode
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     where = f"{world} x {machine.device_names[0] if machine.device_names else 'CPU'}"
-    model = f"{config.model.known_as or config.model.path} in {config.precision.compute.value}"
+    high = " (matmul high)" if config.precision.multiplied == "tf32" else ""
+    model = f"{config.model.known_as or config.model.path} in {config.precision.compute.value}{high}"
     head = f"What fits on {where}: {model}, by tokens of the longest conversation"
     return "\n".join([head, *lines, "tokens/s predicted over all ranks, GiB a rank; * layers recomputed; — does not fit or cannot be"])
