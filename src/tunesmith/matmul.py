@@ -3,7 +3,8 @@
 oneDNN, which torch has as well: torch's builds for x86 hand fp32 to MKL, which keeps its AVX-512 kernels for Intel's own CPUs; on an AMD
 EPYC of the fifth generation it reaches half of what the cores can do, and oneDNN all of it (docs/log.md). Both add up in fp32, in another
 order. bf16 halves, our own (matmul.cpp), with precision.matmul=high on a CPU with AMX: each number as the sum of two in bf16, which is
-what PyTorch's "high" means (torch.set_float32_matmul_precision). Which is fastest is measured once a machine (peaks.py).
+what PyTorch's "high" means (torch.set_float32_matmul_precision); the same tiles do attention to keys that all queries see. Which is fastest
+is measured once a machine (peaks.py).
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def _tiles() -> ctypes.CDLL | None:
         return None
     if not library.allowed():
         if has_amx():
-            print("tunesmith: this CPU has AMX, which its compiler or its system does not: matmul=high is highest here", file=sys.stderr)
+            why = "this CPU has AMX, but the C++ compiler or the system cannot use it"
+            print(f"tunesmith: {why}: precision.matmul=high is highest here", file=sys.stderr)
         return None
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.products.argtypes = [pointer, whole, pointer, whole, whole, whole, number, number]
@@ -138,11 +140,11 @@ def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: to
     (left, right, scale), *others = terms
     m, n = left.shape[0], right.shape[1]
     types = {x.dtype for term in terms for x in term[:2]}
-    together, suits = (_taken[0][0].sum, _taken[0][0].suits) if _taken else (None, None)
+    chosen = taken()
     is_work = left.device.type == "cpu" and types == {torch.float32} and m * n * left.shape[1] >= LEAST
-    if together and suits and is_work and all(suits(one, other) for one, other, _ in terms):
+    if chosen and chosen.sum and is_work and all(chosen.suits(one, other) for one, other, _ in terms):
         out = left.new_empty(m, n) if bias is None else bias.expand(m, n).contiguous()
-        together(out, [(one if by == 1 else one * by, other) for one, other, by in terms], float(bias is not None), 1.0)
+        chosen.sum(out, [(one if by == 1 else one * by, other) for one, other, by in terms], float(bias is not None), 1.0)
         return out
     assert scale == 1
     out = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
@@ -155,7 +157,7 @@ def by_tiles(q: torch.Tensor) -> bool:
     """Whether fp32 matrices are multiplied by halves in this process: then so is attention of such queries to keys that all of them see."""
     import torch
 
-    return bool(_taken) and _taken[0][0] is HALVES and q.dtype is torch.float32
+    return taken() is HALVES and q.dtype is torch.float32
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,6 +193,11 @@ def _cuts(heads: int, rows: int) -> int:
 
     threads = torch.get_num_threads()
     return min(rows, threads // gcd(threads, heads))
+
+
+def taken() -> Library | None:
+    """What multiplies in torch's place now."""
+    return _taken[0][0] if _taken else None
 
 
 def library(name: str) -> Library:
@@ -257,7 +264,7 @@ def take(chosen: Library) -> None:
 @contextmanager
 def torchs_own() -> Iterator[None]:
     """Meanwhile torch multiplies by itself."""
-    chosen = _taken[0][0] if _taken else None
+    chosen = taken()
     give_back()
     try:
         yield
