@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def library(source: Path, without: str) -> ctypes.CDLL | None:
     wide = ["-mprefer-vector-width=512"] if "avx512f" in cpu_words() else []
     command = [compiler, "-O3", "-march=native", *wide, "-Wno-psabi", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
     # A cache may be shared by machines with other CPUs.
-    made_from = "\n".join([source.read_text("utf-8"), *command[:-1], platform.platform(), cpu_words()])
+    made_from = "\n".join([_whole_text(source), *command[:-1], platform.platform(), cpu_words()])
     made = cache_folder() / "native" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,12 @@ def library(source: Path, without: str) -> ctypes.CDLL | None:
         said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
         _warn(f"{compiler} makes no library of {source.name} ({said[0][:200] if said else 'no reason given'})", without)
         return None
+
+
+def _whole_text(source: Path) -> str:
+    """A file and the files of this package that it includes."""
+    text = source.read_text("utf-8")
+    return "\n".join([text, *(_whole_text(source.parent / name) for name in re.findall(r'^#include "(.+)"$', text, re.MULTILINE))])
 
 
 def _warn(why: str, without: str) -> None:

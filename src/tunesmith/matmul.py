@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith import compiled
 from tunesmith.hardware import has_amx
@@ -32,6 +32,10 @@ NARROW = 96
 """Rows or columns below which a product is no work for halves: what is packed is then multiplied with too little."""
 MOST_COPIES = 4
 """Of the gradients to keys and values, one for each share of the queries, that are added up at the end."""
+TILE = 32
+"""Depths and columns of a right operand in tiles are multiples of it; of int8 of twice as much."""
+PAGE = 1 << 21
+"""Bytes of a large page."""
 FASTER = 1.25
 """How much faster another library must be to be taken: less may be noise on a busy machine, and another library rounds otherwise."""
 
@@ -53,8 +57,18 @@ class Library:
     """left @ right + bias: [m, k], [k, n] and [n] give [m, n]."""
     add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float], object]
     """out = beta * out + alpha * left @ right, where out has its columns side by side; beta 0 reads nothing of out."""
-    sum: Callable[[torch.Tensor, Sequence[tuple[torch.Tensor, torch.Tensor]], float, float], object] | None = None
-    """The same of several products, which are added up before anything is written; None: not by this one."""
+    sum: Callable[[torch.Tensor, Sequence[Term], float, float], object] | None = None
+    """The same of several products, which are added up before anything is written, whatever their scales; None: not by this one."""
+
+
+class Term(NamedTuple):
+    """scale * left @ right, one of the products that are added up: [m, any] and [any, n]."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float = 1.0
+    tiles: torch.Tensor | None = None
+    """right once more, as `in_tiles` gives it."""
 
 
 def has_onednn() -> bool:
@@ -87,17 +101,21 @@ def _add_by_onednn(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, b
 @cache
 def _tiles() -> ctypes.CDLL | None:
     """matmul.cpp, where this CPU and this system have AMX for it."""
-    library = compiled.library(Path(__file__).with_suffix(".cpp"), "fp32 matrices are multiplied as with precision.matmul=highest")
+    if not has_amx():
+        return None
+    library = compiled.library(Path(__file__).with_suffix(".cpp"), "AMX is not used: int8 is slower, and precision.matmul=high is highest")
     if library is None:
         return None
     if not library.allowed():
-        if has_amx():
-            why = "this CPU has AMX, but the C++ compiler or the system cannot use it"
-            print(f"tunesmith: {why}: precision.matmul=high is highest here", file=sys.stderr)
+        why = "this CPU has AMX, but the C++ compiler or the system cannot use it"
+        print(f"tunesmith: {why}: int8 is slower, and precision.matmul=high is highest here", file=sys.stderr)
         return None
     pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     library.products.argtypes = [pointer, whole, pointer, whole, whole, whole, number, number]
     library.products.restype = None
+    library.use_large_pages.argtypes = [pointer, whole]
+    library.into_tiles.argtypes = library.into_tiles8.argtypes = [pointer, *[whole] * 4, pointer]
+    library.products8.argtypes = [pointer, pointer, pointer, whole, pointer, pointer, pointer, pointer, whole, whole]
     library.attention.argtypes = [pointer] * 5 + [whole] * 5 + [number]
     library.attention_back.argtypes = [pointer] * 9 + [whole] * 5 + [number]
     return library
@@ -116,15 +134,19 @@ def _by_halves(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _add_by_halves(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, beta: float, alpha: float) -> None:
-    _sum_by_halves(out, [(left, right)], beta, alpha)
+    _sum_by_halves(out, [Term(left, right)], beta, alpha)
 
 
-def _sum_by_halves(out: torch.Tensor, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], beta: float, alpha: float) -> None:
+def _sum_by_halves(out: torch.Tensor, terms: Sequence[Term], beta: float, alpha: float) -> None:
     """out = beta * out + alpha * the sum of left @ right."""
     library = _tiles()
     assert library is not None
-    numbers = [n for left, right in pairs for n in (left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), left.shape[1])]
-    library.products((ctypes.c_int64 * len(numbers))(*numbers), len(pairs), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
+    numbers = [
+        n
+        for left, right, _, tiles in terms
+        for n in (left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), left.shape[1], 0 if tiles is None else tiles.data_ptr())
+    ]
+    library.products((ctypes.c_int64 * len(numbers))(*numbers), len(terms), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
 
 
 ONEDNN = Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn)
@@ -132,25 +154,109 @@ HALVES = Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_
 LIBRARIES = (ONEDNN, HALVES)
 
 
-def added_up(terms: Sequence[tuple[torch.Tensor, torch.Tensor, float]], bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The sum of bias [n] and scale * left @ right of all terms (left [m, any], right [any, n], scale), one after the other, or, by halves,
-    with no sum written before the last: where a wide product and narrow ones make one tensor, that goes to memory once."""
+def added_up(terms: Sequence[Term], bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The sum of bias [n] and all terms, one after the other, or, by halves, with no sum written before the last: where a wide product and
+    narrow ones make one tensor, that goes to memory once."""
     import torch
 
-    (left, right, scale), *others = terms
-    m, n = left.shape[0], right.shape[1]
+    first, *others = terms
+    m, n = first.left.shape[0], first.right.shape[1]
     types = {x.dtype for term in terms for x in term[:2]}
     chosen = taken()
-    is_work = left.device.type == "cpu" and types == {torch.float32} and m * n * left.shape[1] >= LEAST
-    if chosen and chosen.sum and is_work and all(chosen.suits(one, other) for one, other, _ in terms):
-        out = left.new_empty(m, n) if bias is None else bias.expand(m, n).contiguous()
-        chosen.sum(out, [(one if by == 1 else one * by, other) for one, other, by in terms], float(bias is not None), 1.0)
+    is_work = first.left.device.type == "cpu" and types == {torch.float32} and m * n * first.left.shape[1] >= LEAST
+    if chosen and chosen.sum and is_work and all(chosen.suits(one.left, one.right) for one in terms):
+        out = first.left.new_empty(m, n) if bias is None else bias.expand(m, n).contiguous()
+        chosen.sum(out, [one if one.scale == 1 else one._replace(left=one.left * one.scale) for one in terms], float(bias is not None), 1.0)
         return out
-    assert scale == 1
-    out = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
-    for one, other, by in others:
-        torch.addmm(out, one, other, alpha=by, out=out)
+    assert first.scale == 1
+    out = torch.mm(first.left, first.right) if bias is None else torch.addmm(bias, first.left, first.right)
+    for one in others:
+        torch.addmm(out, one.left, one.right, alpha=one.scale, out=out)
     return out
+
+
+# --- weights that stay as they are -----------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """A weight [outputs, inputs] once more, in the order in which tiles read it: as the right side of x W^T and of y W."""
+
+    there: torch.Tensor
+    back: torch.Tensor
+
+
+def has_tiles() -> bool:
+    """Whether this CPU has AMX, and a compiler has made what uses it: then int8 is multiplied by it, and fp32 at precision.matmul=high."""
+    return _tiles() is not None
+
+
+def goes_by_halves(weight: torch.Tensor) -> bool:
+    """Whether products of many rows with this frozen weight are made from halves in this process."""
+    is_plain = weight.device.type == "cpu" and weight.is_contiguous() and not weight.requires_grad
+    return taken() is HALVES and is_plain and str(weight.dtype) == "torch.float32" and min(weight.shape) >= NARROW
+
+
+def in_tiles(weights: Sequence[torch.Tensor]) -> list[Tiles]:
+    """Of frozen weights, fp32 or int8, which may not change from now on. They take as much memory again twice, in large pages.
+
+    In a product of 384 rows reading and splitting a weight takes half the time: its rows lie far apart in memory (docs/log.md).
+    """
+    import torch
+
+    library, sizes = _tiles(), [tiles_bytes(*weight.shape, weight.element_size()) for weight in weights]
+    assert library is not None
+    room = torch.empty(2 * sum(sizes) + PAGE, dtype=torch.uint8)
+    room = room[-room.data_ptr() % PAGE :][: 2 * sum(sizes)]
+    library.use_large_pages(room.data_ptr(), len(room))
+    made, places = [], iter(room.split([size for size in sizes for _ in range(2)]))
+    for weight in weights:
+        write = library.into_tiles8 if weight.dtype is torch.int8 else library.into_tiles
+        tiles = Tiles(next(places), next(places))
+        for side, to in zip((weight.t(), weight), tiles, strict=True):
+            write(side.data_ptr(), *side.stride(), *side.shape, to.data_ptr())
+        made.append(tiles)
+    return made
+
+
+def tiles_bytes(outputs: int, inputs: int, number_bytes: int) -> int:
+    """Bytes of one side of a weight in tiles."""
+    return number_bytes * -(-outputs // TILE) * TILE * -(-inputs // TILE) * TILE
+
+
+def by_int8(
+    q: torch.Tensor, rows: torch.Tensor, rights: Sequence[tuple[torch.Tensor, int]], columns: int, scales: torch.Tensor | None,
+    bias: torch.Tensor | None, added: Term | None,
+) -> torch.Tensor:  # fmt: skip
+    """rotated(rows * (q @ the rights, one below the other) * scales) + bias + what is added, fp32 [m, columns] (model/int8.py).
+
+    q int8 [m, all depths], whose memory goes on for as many rows as make a multiple of 32; rows fp32 [m]; rights: in tiles, each of its
+    depth; scales and bias fp32 [columns], None: 1 and 0. Depths and columns are multiples of 64.
+    """
+    import torch
+
+    library, m = _tiles(), len(rows)
+    assert library is not None
+    out = torch.empty(m, columns)
+    tiles = [n for right, depth in rights for n in (right.data_ptr(), depth)]
+    more = _Added() if added is None else _Added.of(added)
+    library.products8(
+        q.data_ptr(), rows.data_ptr(), (ctypes.c_int64 * len(tiles))(*tiles), len(rights), None if scales is None else scales.data_ptr(),
+        None if bias is None else bias.data_ptr(), ctypes.byref(more), out.data_ptr(), m, columns,
+    )  # fmt: skip
+    return out
+
+
+class _Added(ctypes.Structure):
+    """matmul.cpp's Added: left may have its rows apart, right too."""
+
+    _fields_ = [("left", ctypes.c_void_p), ("left_step", ctypes.c_int64), ("right", ctypes.c_void_p), ("right_step", ctypes.c_int64),
+                ("depth", ctypes.c_int64), ("scale", ctypes.c_float)]  # fmt: skip
+
+    @classmethod
+    def of(cls, term: Term) -> _Added:
+        left, right = term.left, term.right
+        assert left.stride(1) == 1 == right.stride(1)
+        return cls(left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), left.shape[1], term.scale)
 
 
 def by_tiles(q: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tunesmith.config import Refusal
+from tunesmith.matmul import Term, Tiles, by_int8
 from tunesmith.model import native
 
 LEVELS = 127
@@ -87,24 +88,46 @@ class _Product(torch.autograd.Function):
 
 
 def multiply(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, biases: Sequence[torch.Tensor | None], outputs: Sequence[int]
-) -> list[torch.Tensor]:
-    """x W^T + bias in x's type, for layers side by side: x [tokens, inputs] gives [tokens, outputs] of each.
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, biases: Sequence[torch.Tensor | None], outputs: Sequence[int],
+    added: Sequence[Term] = (), tiles: Sequence[Tiles] = (),
+) -> list[torch.Tensor]:  # fmt: skip
+    """x W^T + bias + what is added to it, in x's type, for layers side by side: x [tokens, inputs] gives [tokens, outputs] of each.
 
-    weight and scales are those of an Int8Linear, or of several end to end.
+    weight and scales are those of an Int8Linear, or of several end to end; tiles: the weights in tiles, where x is fp32.
     """
     quantised, rows = _quantise([x], None)
-    return _dequantise(_matmul(quantised, weight.t()), rows, scales, biases, outputs, x.dtype)
+    if tiles:
+        whole = zip(tiles, scales.split(list(outputs)), biases, added, outputs, strict=True)
+        return [
+            by_int8(quantised, rows, [(one.there, x.shape[1])], width, of_rows, bias, more._replace(right=more.right.contiguous()))
+            for one, of_rows, bias, more, width in whole
+        ]
+    products = _dequantise(_matmul(quantised, weight.t()), rows, scales, biases, outputs, x.dtype)
+    for product, more in zip(products, added, strict=False):
+        torch.addmm(product, more.left, more.right, alpha=more.scale, out=product)
+    return products
 
 
-def multiply_back(of_y: Sequence[torch.Tensor], weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The layers' of_y W, added up, in of_y's type, [tokens, inputs].
+def multiply_back(
+    of_y: Sequence[torch.Tensor], weight: torch.Tensor, scales: torch.Tensor, added: Term | None = None, tiles: Sequence[Tiles] = ()
+) -> torch.Tensor:
+    """The layers' of_y W, added up, and what is added to it, in of_y's type, [tokens, inputs].
 
     What a row of the weight is scaled by goes into a column of of_y, before it is quantised.
     """
     quantised, rows = _quantise(of_y, scales)
+    if tiles:
+        rights = [(one.back, of.shape[1]) for one, of in zip(tiles, of_y, strict=True)]
+        return by_int8(quantised, rows, rights, weight.shape[1], None, None, added)
     (of_x,) = _dequantise(_matmul(quantised, weight), rows, None, [None], [weight.shape[1]], of_y[0].dtype)
+    if added is not None:
+        torch.addmm(of_x, added.left, added.right, alpha=added.scale, out=of_x)
     return of_x
+
+
+def fits_tiles(layer: Int8Linear) -> bool:
+    """Whether its numbers are mixed in whole blocks, as the product by tiles rotates them."""
+    return layer.in_features % BLOCK == layer.out_features % BLOCK == 0 and (layer.bias is None or layer.bias.dtype is torch.float32)
 
 
 def end_to_end(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.matmul import added_up
+from tunesmith.matmul import Term, Tiles, added_up, goes_by_halves, in_tiles
 from tunesmith.model import int8
 from tunesmith.model.between import Again, again, keep_inputs_alone
 
@@ -46,7 +46,8 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: tuple[torch.Tensor, ...], scales: tuple[float, ...], made: Again, *pairs: torch.Tensor
+        ctx: Any, x: torch.Tensor, frozen: tuple[torch.Tensor, ...], tiles: Sequence[Tiles], scales: tuple[float, ...], made: Again,
+        *pairs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         a, b = pairs[::2], pairs[1::2]
         inner = x.flatten(0, -2) @ _stacked(a, x.dtype).t()
@@ -54,17 +55,17 @@ class _Joined(torch.autograd.Function):
         shapes = [(*x.shape[:-1], len(each)) for each in b]
         ys = [torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device) for shape in shapes]
         ctx.save_for_backward(inner, *pairs, *frozen, *made.tensors)
-        ctx.settings = scales, len(frozen), made.function, (x.shape, x.dtype, x.device.type)
+        ctx.settings = scales, len(frozen), tiles, made.function, (x.shape, x.dtype, x.device.type)
         ctx.mark_non_differentiable(inner)
         return *ys, inner
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scales, of_frozen, remake, (shape, dtype, device) = ctx.settings
+        scales, of_frozen, tiles, remake, (shape, dtype, device) = ctx.settings
         inner, *kept = ctx.saved_tensors
         pairs, frozen, made_from = kept[: 2 * len(scales)], kept[2 * len(scales) :][:of_frozen], kept[2 * len(scales) + of_frozen :]
-        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        wants_x, _, _, _, _, *wants = ctx.needs_input_grad
         all_a, ranks = pairs[::2], [len(a) for a in pairs[::2]]
         of_y = [of.flatten(0, -2) for of in of_outputs[: len(scales)]]
         of_pairs: list[torch.Tensor | None] = [None] * len(pairs)
@@ -81,13 +82,15 @@ class _Joined(torch.autograd.Function):
                 of_a = torch.mm(of_inner.t(), remake(*made_from).flatten(0, -2)).to(all_a[0].dtype)
                 of_pairs[::2] = [of if wanted else None for of, wanted in zip(torch.split(of_a, ranks), wants[::2], strict=True)]
             of_x: torch.Tensor | None = None
-            if wants_x and frozen[0].dtype is torch.int8:
-                of_x = int8.multiply_back(of_y, *frozen)
-                torch.addmm(of_x, of_inner, _stacked(all_a, dtype), out=of_x)
-            elif wants_x:
-                terms = [(of, weight, 1.0) for of, weight in zip(of_y, frozen, strict=True)]
-                of_x = added_up([*terms, (of_inner, _stacked(all_a, dtype), 1.0)])
-        return of_x if of_x is None else of_x.view(shape), None, None, None, *of_pairs
+            if wants_x:
+                by_adapters = Term(of_inner, _stacked(all_a, dtype))
+                if frozen[0].dtype is torch.int8:
+                    of_x = int8.multiply_back(of_y, *frozen, by_adapters, tiles)
+                else:
+                    backs = [one.back for one in tiles] or [None] * len(frozen)
+                    terms = [Term(of, weight, 1.0, back) for of, weight, back in zip(of_y, frozen, backs, strict=True)]
+                    of_x = added_up([*terms, by_adapters])
+        return of_x if of_x is None else of_x.view(shape), None, None, None, None, *of_pairs
 
 
 def _stacked(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -115,26 +118,44 @@ def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
         made = again(x) or Again(_itself, (x,))
         frozen = int8.end_to_end([one.base for one in layers]) if is_int8 else tuple(one.base.weight for one in layers)
         pairs = [tensor for one in layers for tensor in (one.a, one.b)]
-        outputs = _Joined.apply(x, frozen, tuple(one.scale for one in layers), made, *pairs)  # type: ignore[no-untyped-call]
+        tiles = tiles_of([one.base for one in layers]) if x.dtype is torch.float32 else []
+        outputs = _Joined.apply(x, frozen, tiles, tuple(one.scale for one in layers), made, *pairs)  # type: ignore[no-untyped-call]
         *ys, inner = cast("tuple[torch.Tensor, ...]", outputs)
         with torch.no_grad():
             rows, biases = x.flatten(0, -2), [one.base.bias for one in layers]
             adapters = [
-                (mine, one.b.to(x.dtype).t(), one.scale)
+                Term(mine, one.b.to(x.dtype).t(), one.scale)
                 for one, mine in zip(layers, _columns(inner, [len(one.a) for one in layers]), strict=True)
             ]
             if is_int8:
-                products = int8.multiply(rows, frozen[0], frozen[1], biases, [len(one.b) for one in layers])
-                for product, (mine, b, scale) in zip(products, adapters, strict=True):
-                    torch.addmm(product, mine, b, alpha=scale, out=product)
+                products = int8.multiply(rows, *frozen, biases, [len(one.b) for one in layers], adapters, tiles)
             else:
+                theres = [one.there for one in tiles] or [None] * len(frozen)
                 products = [
-                    added_up([(rows, weight.t(), 1.0), adapter], bias)
-                    for weight, adapter, bias in zip(frozen, adapters, biases, strict=True)
+                    added_up([Term(rows, weight.t(), 1.0, there), adapter], bias)
+                    for weight, there, adapter, bias in zip(frozen, theres, adapters, biases, strict=True)
                 ]
             for y, product in zip(ys, products, strict=True):
                 y.data = product.view(y.shape)
     return ys
+
+
+def tiles_of(bases: Sequence[Any]) -> list[Tiles]:
+    """The weights of layers in tiles, where `keep_tiles` has made those of all."""
+    found = [base.tiles for base in bases if hasattr(base, "tiles")]
+    return found if len(found) == len(bases) else []
+
+
+def keep_tiles(model: nn.Module, head: nn.Module | None) -> None:
+    """Keep the frozen weights that are multiplied by tiles in their order too: of PEFT's LoRA layers that can be joined, and of the head."""
+    from peft.tuners.lora.layer import Linear
+
+    layers = [layer.base_layer for layer in model.modules() if type(layer) is Linear and can_be_joined(layer)]
+    in_int8 = [base for base in layers if isinstance(base, int8.Int8Linear) and int8.fits_tiles(base)]
+    in_fp32 = [base for base in [*layers, head] if type(base) is nn.Linear and goes_by_halves(base.weight)]
+    for bases in (in_int8, in_fp32):
+        for base, tiles in zip(bases, in_tiles([base.weight.data for base in bases]), strict=True):
+            base.tiles = tiles
 
 
 def join_adapters(model: nn.Module) -> None:

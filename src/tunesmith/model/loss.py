@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from tunesmith.matmul import Term, Tiles, added_up
 from tunesmith.model.adapters import inner_model
 from tunesmith.plan.shapes import logits_at_once, words_at_once
 
@@ -75,7 +76,9 @@ class _Summed(torch.autograd.Function):
     """The sum of the losses, [1] in fp32, of hidden states [positions, width] by a head's weight [vocabulary, width]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool, tiles: Tiles | None
+    ) -> torch.Tensor:  # fmt: skip
         batch, smoothing, device = targets.batch, targets.smoothing, x.device
         wants_x, wants_weight = (recorded and wanted for wanted in ctx.needs_input_grad[:2])
         rows = torch.arange(len(x)) if batch.rows is None else batch.rows  # they ascend
@@ -92,7 +95,7 @@ class _Summed(torch.autograd.Function):
         for (start, first), (stop, last) in pairwise(pieces):
             part, share = x[start:stop].to(compute), shares[start:stop]
             of, named, count = rows[first:last] - start, labels[first:last], counts[first:last]
-            gradient = torch.mm(part, matrix.t())  # into memory of its own: oneDNN would make one beside it all the same
+            gradient = added_up([Term(part, matrix.t(), 1.0, tiles and tiles.there)])  # into memory of its own, as oneDNN would all the same
             logits = gradient.float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits[of, named]
@@ -112,7 +115,10 @@ class _Summed(torch.autograd.Function):
                     gradient.copy_(logits)
             del logits
             if of_x is not None:
-                torch.mm(gradient, matrix, out=of_x[start:stop])
+                if tiles:
+                    of_x[start:stop] = added_up([Term(gradient, matrix, 1.0, tiles.back)])
+                else:
+                    torch.mm(gradient, matrix, out=of_x[start:stop])
             if wants_weight:
                 part = (part * (share / UNIT)[:, None]).to(compute)
                 of_weight = _added(of_weight, gradient, part)
@@ -134,7 +140,7 @@ class _Summed(torch.autograd.Function):
         if of_weight is not None:
             for block in torch.split(of_weight, _words(of_weight)):
                 block.mul_(of_loss)
-        return of_x, of_weight, None, None, None
+        return of_x, of_weight, None, None, None, None
 
 
 def _added(total: torch.Tensor | None, gradient: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
@@ -170,7 +176,8 @@ def _forward(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return nn.Linear.forward(head, x)
     recorded = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        loss = _Summed.apply(x.flatten(0, -2), head.weight, targets, compute, recorded)  # type: ignore[no-untyped-call]
+        tiles = getattr(head, "tiles", None) if compute is torch.float32 else None
+        loss = _Summed.apply(x.flatten(0, -2), head.weight, targets, compute, recorded, tiles)  # type: ignore[no-untyped-call]
     targets.answer = loss.data_ptr()
     return cast(torch.Tensor, loss)
 

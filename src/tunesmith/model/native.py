@@ -18,6 +18,10 @@ import torch
 from tunesmith import compiled
 
 
+ROWS = 32
+"""Of what is quantised memory goes on to a multiple of so many."""
+
+
 def is_here(device: torch.device) -> bool:
     """Whether there are passes for this device."""
     return device.type == "cpu" and library() is not None
@@ -35,7 +39,8 @@ def quantised(parts: Sequence[torch.Tensor], blocks: Sequence[int], by: torch.Te
     """
     parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
     rows, width = len(parts[0]), sum(x.shape[1] for x in parts)
-    q, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    # Products by tiles read whole groups of rows (matmul.by_int8), whatever stands in the last ones.
+    q, scales = torch.empty(-(-rows // ROWS) * ROWS, width, dtype=torch.int8)[:rows], torch.empty(rows)
     _call("quantise", len(parts), _places(parts), _whole([x.stride(0) for x in parts]), *_rotations(parts, blocks), by, q, scales, rows)
     return q, scales
 

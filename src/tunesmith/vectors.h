@@ -1,0 +1,70 @@
+// Sixteen numbers at a time, by whatever vectors a CPU has; and rows rotated by Hadamard matrices (model/int8.py).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr float ROUNDING = 12582912.0f;  // 1.5 x 2^23: added, it rounds to a whole number, halves to even, and leaves it in the lowest bits
+
+int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+float float_of(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+typedef float Lanes __attribute__((vector_size(64)));  // of the compiler, which makes two or four of them where a CPU's are shorter
+typedef int32_t Whole __attribute__((vector_size(64)));
+
+Lanes loaded(const float* from) {
+  Lanes x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+
+#if defined(__clang__)
+#define SWAPPED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SWAPPED(x, ...) __builtin_shuffle(x, Whole{__VA_ARGS__})
+#endif
+
+// Sixteen numbers times the Hadamard matrix of 16 rows: at distance 1, 2, 4 and 8 a sum and a difference.
+Lanes mixed(Lanes x) {
+  x = SWAPPED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * Lanes{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+  x = SWAPPED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * Lanes{1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+  x = SWAPPED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * Lanes{1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+  return SWAPPED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) +
+         x * Lanes{1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+}
+
+// Each `block` numbers of a row times the Hadamard matrix of so many rows, a power of four. Its norm, the root of block, is left in.
+void rotate(float* row, int64_t columns, int64_t block) {
+  if (block == 64) {
+    for (float* at = row; at < row + columns; at += 64) {
+      const Lanes a = mixed(loaded(at)), b = mixed(loaded(at + 16)), c = mixed(loaded(at + 32)), d = mixed(loaded(at + 48));
+      const Lanes ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+      store(at, ab + cd);
+      store(at + 16, a_b + c_d);
+      store(at + 32, ab - cd);
+      store(at + 48, a_b - c_d);
+    }
+    return;
+  }
+  for (int64_t half = 1; half < block; half *= 2)
+    for (int64_t start = 0; start < columns; start += 2 * half)
+      for (int64_t i = start; i < start + half; i++) {
+        const float one = row[i], other = row[i + half];
+        row[i] = one + other;
+        row[i + half] = one - other;
+      }
+}
+
+}  // namespace
