@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith import hardware, matmul, peaks
-from tunesmith.matmul import Library
+from tunesmith.matmul import Library, Term
 
 HALVES = matmul.library(" by bf16 halves")
 ERROR = {" by oneDNN": 2e-6, HALVES.name: 2e-5}
@@ -144,13 +144,37 @@ def test_halves_take_every_size_and_layout(size: tuple[int, int, int]) -> None:
 def test_a_sum_of_products_is_the_same_by_whatever_library(taken: Library, bias: bool) -> None:
     torch.manual_seed(0)
     x, weight, down, up = torch.randn(130, 700), torch.randn(200, 700), torch.randn(130, 40), torch.randn(200, 40)
-    terms = [(x[:, :650], weight[:, :650].t(), 1.0), (down[:, 3:20], up[:, 3:20].t(), 0.25), (down, up.t(), 1.0)]
+    terms = [Term(x[:, :650], weight[:, :650].t()), Term(down[:, 3:20], up[:, 3:20].t(), 0.25), Term(down, up.t())]
     added, kept = torch.randn(200) if bias else None, down.clone()
-    wanted = sum(by * (left.double() @ right.double()) for left, right, by in terms) + (0 if added is None else added.double())
+    wanted = sum(by * (left.double() @ right.double()) for left, right, by, _ in terms) + (0 if added is None else added.double())
     assert off(matmul.added_up(terms, added), wanted) < ERROR[taken.name]
     assert torch.equal(down, kept), "what is scaled is a copy"
-    halves = [(left.bfloat16(), right.bfloat16(), by) for left, right, by in terms]
+    halves = [Term(left.bfloat16(), right.bfloat16(), by) for left, right, by, _ in terms]
     assert matmul.added_up(halves).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(96, 96, 96), (97, 1600, 130), (531, 576, 192), (384, 800, 2048)], ids=str)
+def test_a_weight_in_tiles_gives_the_same_bits(size: tuple[int, int, int]) -> None:
+    if not HALVES.is_here():
+        pytest.skip("no AMX here")
+    rows, inputs, outputs = size
+    torch.manual_seed(0)
+    x, y, weights = torch.randn(rows, inputs), torch.randn(rows, outputs), [torch.randn(outputs, inputs) for _ in range(2)]
+    narrow = [Term(torch.randn(rows, 20), torch.randn(20, columns), 0.5) for columns in (outputs, inputs)]
+    made, threads = matmul.in_tiles(weights), torch.get_num_threads()
+    matmul.take(HALVES)
+    try:
+        for weight, tiles in zip(weights, made, strict=True):
+            for torch_threads in (1, 2, 3):
+                torch.set_num_threads(torch_threads)
+                there, back = Term(x, weight.t()), Term(y, weight)
+                for plain, more, side in ((there, narrow[0], tiles.there), (back, narrow[1], tiles.back)):
+                    wanted, found = (matmul.added_up([one, more]) for one in (plain, plain._replace(tiles=side)))
+                    assert torch.equal(wanted, found)
+                    assert off(found, plain.left.double() @ plain.right.double() + 0.5 * more.left.double() @ more.right.double()) < 2e-5
+    finally:
+        torch.set_num_threads(threads)
+        matmul.give_back()
 
 
 def test_halves_give_the_same_bits_whatever_threads_share() -> None:

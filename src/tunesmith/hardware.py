@@ -145,6 +145,8 @@ class Machine:
     ram_gib: float = 0.0
     """Main memory that this process may use."""
     cpu_name: str = ""
+    amx: bool = False
+    """Whether the CPU multiplies tiles of bf16 and int8."""
 
     def __str__(self) -> str:
         cards = f"{len(self.device_names)} x {self.device_names[0]}" if self.device_names else "no GPU"
@@ -205,6 +207,7 @@ def this_machine() -> Machine:
         cores=max(1, min(cores, _cgroup_cores() or cores)),
         ram_gib=round((min(ram, limit) if limit else ram) / GIB, 2),
         cpu_name=cpu_name(),
+        amx=has_amx(),
     )
 
 

@@ -141,11 +141,10 @@ def _sum_by_halves(out: torch.Tensor, terms: Sequence[Term], beta: float, alpha:
     """out = beta * out + alpha * the sum of left @ right."""
     library = _tiles()
     assert library is not None
-    numbers = [
-        n
-        for left, right, _, tiles in terms
-        for n in (left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), left.shape[1], 0 if tiles is None else tiles.data_ptr())
-    ]
+    numbers = []
+    for left, right, _, tiles in terms:
+        numbers += [left.data_ptr(), *left.stride(), right.data_ptr(), *right.stride(), left.shape[1]]
+        numbers.append(0 if tiles is None else tiles.data_ptr())
     library.products((ctypes.c_int64 * len(numbers))(*numbers), len(terms), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
 
 
@@ -203,12 +202,12 @@ def in_tiles(weights: Sequence[torch.Tensor]) -> list[Tiles]:
     """
     import torch
 
-    library, sizes = _tiles(), [tiles_bytes(*weight.shape, weight.element_size()) for weight in weights]
+    library, sizes = _tiles(), [tiles_bytes(weight.shape[0], weight.shape[1], weight.element_size()) for weight in weights]
     assert library is not None
     room = torch.empty(2 * sum(sizes) + PAGE, dtype=torch.uint8)
     room = room[-room.data_ptr() % PAGE :][: 2 * sum(sizes)]
     library.use_large_pages(room.data_ptr(), len(room))
-    made, places = [], iter(room.split([size for size in sizes for _ in range(2)]))
+    made, places = [], iter(torch.split(room, [size for size in sizes for _ in range(2)]))
     for weight in weights:
         write = library.into_tiles8 if weight.dtype is torch.int8 else library.into_tiles
         tiles = Tiles(next(places), next(places))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tunesmith import matmul
 from tunesmith.config import Compute, Config, EngineKind
 from tunesmith.data.batches import MicroBatch
-from tunesmith.model import TargetLoss, act_from, for_generation, read_beginning
+from tunesmith.model import TargetLoss, act_from, for_generation, keep_tiles, read_beginning
 from tunesmith.peaks import take_faster_matmul
 from tunesmith.plan import Plan
 from tunesmith.world import World, rendezvous
@@ -197,6 +197,8 @@ def build_engine(config: Config, plan: Plan, world: World, module: TargetLoss, d
     """
     if halves := [name for name, weight in module.named_parameters() if weight.requires_grad and weight.dtype is not torch.float32]:
         raise RuntimeError(f"{len(halves)} trainable weights are not fp32 (first: {halves[0]})")
+    if plan.tiles and device.type == "cpu":
+        keep_tiles(module.model)
     if config.engine.kind is EngineKind.deepspeed:
         from tunesmith.engine.deepspeed import DeepSpeedEngine
 

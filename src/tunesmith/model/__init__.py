@@ -33,7 +33,7 @@ from tunesmith.model.beginning import Beginning, continue_all, read_beginning
 from tunesmith.model.frozen import FrozenStates
 from tunesmith.model.fused import fuse
 from tunesmith.model.int8 import quantise_layers
-from tunesmith.model.linear import join_adapters
+from tunesmith.model.linear import join_adapters, keep_tiles
 from tunesmith.model.loss import Targets, measure_at_head
 from tunesmith.model.noise import with_noise
 from tunesmith.model.optimizers import make_optimizer, page_again
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES", "Beginning", "FrozenStates", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers",
-    "for_generation", "free_gib", "is_prompt_learning", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens", "page_again",
-    "read_adapter", "read_beginning", "save_model", "stream",
+    "for_generation", "free_gib", "is_prompt_learning", "keep_tiles", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens",
+    "page_again", "read_adapter", "read_beginning", "save_model", "stream",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import

@@ -97,7 +97,7 @@ def multiply(
     """
     quantised, rows = _quantise([x], None)
     if tiles:
-        whole = zip(tiles, scales.split(list(outputs)), biases, added, outputs, strict=True)
+        whole = zip(tiles, torch.split(scales, list(outputs)), biases, added, outputs, strict=True)
         return [
             by_int8(quantised, rows, [(one.there, x.shape[1])], width, of_rows, bias, more._replace(right=more.right.contiguous()))
             for one, of_rows, bias, more, width in whole

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.matmul import Term, Tiles, added_up, goes_by_halves, in_tiles
+from tunesmith.matmul import Term, Tiles, added_up, goes_by_halves, has_tiles, in_tiles
 from tunesmith.model import int8
+from tunesmith.model.adapters import inner_model
 from tunesmith.model.between import Again, again, keep_inputs_alone
 
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -85,9 +86,9 @@ class _Joined(torch.autograd.Function):
             if wants_x:
                 by_adapters = Term(of_inner, _stacked(all_a, dtype))
                 if frozen[0].dtype is torch.int8:
-                    of_x = int8.multiply_back(of_y, *frozen, by_adapters, tiles)
+                    of_x = int8.multiply_back(of_y, frozen[0], frozen[1], by_adapters, tiles)
                 else:
-                    backs = [one.back for one in tiles] or [None] * len(frozen)
+                    backs = [one.back for one in tiles] if tiles else [None] * len(frozen)
                     terms = [Term(of, weight, 1.0, back) for of, weight, back in zip(of_y, frozen, backs, strict=True)]
                     of_x = added_up([*terms, by_adapters])
         return of_x if of_x is None else of_x.view(shape), None, None, None, None, *of_pairs
@@ -128,9 +129,9 @@ def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
                 for one, mine in zip(layers, _columns(inner, [len(one.a) for one in layers]), strict=True)
             ]
             if is_int8:
-                products = int8.multiply(rows, *frozen, biases, [len(one.b) for one in layers], adapters, tiles)
+                products = int8.multiply(rows, frozen[0], frozen[1], biases, [len(one.b) for one in layers], adapters, tiles)
             else:
-                theres = [one.there for one in tiles] or [None] * len(frozen)
+                theres = [one.there for one in tiles] if tiles else [None] * len(frozen)
                 products = [
                     added_up([Term(rows, weight.t(), 1.0, there), adapter], bias)
                     for weight, there, adapter, bias in zip(frozen, theres, adapters, biases, strict=True)
@@ -146,16 +147,19 @@ def tiles_of(bases: Sequence[Any]) -> list[Tiles]:
     return found if len(found) == len(bases) else []
 
 
-def keep_tiles(model: nn.Module, head: nn.Module | None) -> None:
-    """Keep the frozen weights that are multiplied by tiles in their order too: of PEFT's LoRA layers that can be joined, and of the head."""
+def keep_tiles(model: Any) -> None:
+    """Keep frozen weights that tiles multiply in the order of these too: of PEFT's LoRA layers that can be joined, and of the head."""
+    if not has_tiles():
+        return
     from peft.tuners.lora.layer import Linear
 
     layers = [layer.base_layer for layer in model.modules() if type(layer) is Linear and can_be_joined(layer)]
     in_int8 = [base for base in layers if isinstance(base, int8.Int8Linear) and int8.fits_tiles(base)]
-    in_fp32 = [base for base in [*layers, head] if type(base) is nn.Linear and goes_by_halves(base.weight)]
+    ends = [*layers, inner_model(model).get_output_embeddings()]
+    in_fp32 = [base for base in ends if type(base) is nn.Linear and goes_by_halves(base.weight)]
     for bases in (in_int8, in_fp32):
         for base, tiles in zip(bases, in_tiles([base.weight.data for base in bases]), strict=True):
-            base.tiles = tiles
+            setattr(base, "tiles", tiles)  # noqa: B010  # not of nn.Module
 
 
 def join_adapters(model: nn.Module) -> None:

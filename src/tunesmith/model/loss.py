@@ -95,7 +95,8 @@ class _Summed(torch.autograd.Function):
         for (start, first), (stop, last) in pairwise(pieces):
             part, share = x[start:stop].to(compute), shares[start:stop]
             of, named, count = rows[first:last] - start, labels[first:last], counts[first:last]
-            gradient = added_up([Term(part, matrix.t(), 1.0, tiles and tiles.there)])  # into memory of its own, as oneDNN would all the same
+            # Into memory of its own: oneDNN would make one beside it all the same.
+            gradient = added_up([Term(part, matrix.t(), 1.0, tiles.there if tiles else None)])
             logits = gradient.float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits[of, named]

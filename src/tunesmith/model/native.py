@@ -17,7 +17,6 @@ import torch
 
 from tunesmith import compiled
 
-
 ROWS = 32
 """Of what is quantised memory goes on to a multiple of so many."""
 

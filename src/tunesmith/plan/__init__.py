@@ -14,14 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import NOT_IN_RUN_ID, Base, Batching, Compute, Config, EngineKind, Matmul, Method, MethodKind, OptimizerKind, Train
+from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
 from tunesmith.plan.checks import PlanError, changed, device_gib, goes_with, leaves, problems, target
 from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
-from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes
+from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes, tiles_gib
 from tunesmith.plan.network import traffic
+from tunesmith.plan.notes import engine_words, method_words, notes, varies
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
 from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, multiplies_int8, shape_needs_files, shape_of
@@ -35,8 +36,6 @@ __all__ = [
 
 ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
-SPLIT_PAYS = 0.02
-"""Least share of a rank's memory that ZeRO 1 or 2 must save, else the plan says that it only costs."""
 CPU_TOKENS = 1024
 """Tokens in one forward on a CPU, common beginnings left out, that more of them would not be much faster than, and memory grows with them:
 830 are as fast as 1,660 on an Intel CPU, with two thirds of the memory, and cost an AMD one 8 % (docs/log.md)."""
@@ -112,6 +111,8 @@ class Plan:
     trained_weights: int
     memory: dict[str, float]
     """GiB of each part on one rank, if every conversation of a micro-batch had longest_tokens tokens, on a CPU common beginnings once."""
+    tiles: bool
+    """Frozen weights are kept in the order of AMX's tiles too: a CPU has those, and memory for that."""
     memory_limit_gib: float
     """What a rank's device has (a rank's share of RAM on a CPU); 0.0 if unknown."""
     longest_tokens: int
@@ -235,8 +236,8 @@ def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) ->
         assert refusal
         raise refusal
     best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
-    beaten = f", before {_engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
-    note = f"engine.fit: {_engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
+    beaten = f", before {engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
+    note = f"engine.fit: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
     return replace(best, run_id=run_id(config), notes=[note, *best.notes])
 
 
@@ -328,6 +329,10 @@ def _plan(
     tokens_in_memory = in_memory + micro * (longest - in_memory)
     memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
+    tiles = tiles_gib(shape, config) if on_cpu and machine.amx else 0.0
+    if limit_gib and sum(memory.values()) + tiles > ROOM * limit_gib:
+        tiles = 0.0
+    memory["weights"] += tiles
     plan = Plan(
         name=config.name,
         run_id=run_id(config),
@@ -344,10 +349,11 @@ def _plan(
         sent=traffic(shape, config, world_size, accumulation, trained).sent,
         card="cpu" if on_cpu else card.key if card else machine.device_names[0],
         threads=threads,
-        method=_words(config),
+        method=method_words(config),
         shape=shape,
         trained_weights=trained,
         memory=memory,
+        tiles=tiles > 0,
         memory_limit_gib=limit_gib,
         longest_tokens=longest,
         beginning=beginning,
@@ -357,7 +363,7 @@ def _plan(
         peak_note=peak_note,
         # The engine says itself which micro-batch is a step's last. But with offload, versions of DeepSpeed accumulate only where this
         # number is above 1, and a step larger than the mean may have two micro-batches.
-        deepspeed=deepspeed_config(config, micro, max(2, accumulation) if _varies(config) else accumulation, on_cpu),
+        deepspeed=deepspeed_config(config, micro, max(2, accumulation) if varies(config) else accumulation, on_cpu),
         notes=[],
         expected_tokens=expected,
         time=seconds,
@@ -365,7 +371,7 @@ def _plan(
         cache=cache,
         config=config,
     )
-    return replace(plan, notes=list(_notes(config, plan, tokens, counts.longest_tokens, on_cpu)))
+    return replace(plan, notes=list(notes(config, plan, tokens, counts.longest_tokens, on_cpu)))
 
 
 def steps_per_epoch(conversations: int, tokens: int, conversations_per_step: int, tokens_per_step: int = 0) -> int:
@@ -437,12 +443,7 @@ def _split(
     most = min(most, micro_limit or most)
     accumulation = math.ceil(share / most)
     # Where each step has another number of conversations or rows, a smaller limit would only make more micro-batches of some.
-    return most if _varies(config) else math.ceil(share / accumulation), accumulation
-
-
-def _varies(config: Config) -> bool:
-    """Whether steps differ in how many micro-batches they need, and not only the last one of an epoch."""
-    return config.train.tokens_per_step > 0 or config.data.batching is Batching.packed
+    return most if varies(config) else math.ceil(share / accumulation), accumulation
 
 
 def _attention_cost(shape: ModelShape, config: Config) -> float:
@@ -467,85 +468,6 @@ def _flops(
         micro_batches=micro_batches, gathered=gathers_by_hooks(engine), in_int8=multiplies_int8(config),
         beginning=beginning,
     )  # fmt: skip
-
-
-def _notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) -> Iterator[str]:
-    """tokens, longest: of the training data, 0 until counted."""
-    train, per_step = config.train, plan.conversations_per_step
-    places = plan.micro_batch * plan.accumulation * plan.world_size
-
-    def otherwise(changes: dict[str, Any]) -> float:
-        """GiB of a rank with other settings and the same micro-batch."""
-        row = plan.micro_batch * plan.longest_tokens
-        parts = memory_gib(plan.shape, changed(config, changes), plan.world_size, row, cpu=on_cpu, accumulated=plan.accumulation > 1)
-        return sum(parts.values())
-
-    if not _varies(config) and places > per_step:
-        yield f"{per_step} conversations leave {places - per_step} of a step's {places} places empty"
-    if wanted := train.tokens_per_step:
-        if train.conversations_per_step != Train().conversations_per_step:
-            yield f"train.conversations_per_step={train.conversations_per_step} is passed over, train.tokens_per_step={wanted} is set"
-        if longest > wanted:
-            yield f"the longest conversation has {longest:,} tokens, more than train.tokens_per_step={wanted}: its step is larger"
-        if 0 < tokens < wanted:
-            yield f"the data has {tokens:,} tokens, fewer than the {wanted:,} of a step"
-        if tokens and per_step < plan.world_size:
-            yield f"a step has about {per_step} conversations for {plan.world_size} ranks: some compute nothing"
-    elif 0 < plan.conversations < per_step:
-        yield f"the data has {plan.conversations} conversations, fewer than the {per_step} of a step"
-    zero = config.engine.zero if config.engine.kind is EngineKind.deepspeed else 0
-    if zero in (1, 2) and not config.engine.offload and plan.world_size > 1 and config.method.kind is not MethodKind.full:
-        saved = otherwise({"engine.zero": 0}) - otherwise({})
-        if saved < SPLIT_PAYS * plan.memory_gib:
-            yield (
-                f"engine.zero={zero} saves {max(0.0, saved):.2f} GiB a rank of {plan.memory_gib:.2f}: adapters leave little to split "
-                "— type engine=accelerate"
-            )
-    if config.method.dora and config.method.dropout and config.method.base is Base.nf4:
-        of_dropout = [otherwise({"method.dora": dora}) - otherwise({"method.dora": dora, "method.dropout": 0.0}) for dora in (True, False)]
-        kept = of_dropout[0] - of_dropout[1]
-        if kept > 0.01 * plan.memory_gib:
-            yield (
-                f"method.dora=true with method.dropout={config.method.dropout:g} keeps the dequantised weight of each adapted layer: "
-                f"{kept:.2f} GiB of {plan.memory_gib:.2f}, which is what nf4 saves — type method.dropout=0"
-            )
-    if plan.cache and 0 < plan.epochs <= 1:
-        yield "method.cache_frozen=true: the run is one epoch at most, and nothing is read again — type method.cache_frozen=false"
-    if multiplies_int8(config):
-        yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.multiplied}, so they may pass 100 %"
-        if on_cpu and config.precision.compute is not Compute.fp32:
-            yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
-    if config.precision.matmul is Matmul.high and config.precision.compute is not Compute.fp32 and not config.precision.fp32_layers:
-        yield f"precision.matmul=high: precision.compute={config.precision.compute.value} multiplies no fp32 matrices"
-    if on_cpu and config.precision.compute is Compute.bf16:
-        yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
-
-
-def _words(config: Config) -> str:
-    method = config.method
-    kind = {
-        MethodKind.full: "full",
-        MethodKind.lora: f"{'DoRA' if method.dora else 'LoRA'} r={method.r}",
-        MethodKind.prefix: f"prefix of {method.virtual_tokens} tokens",
-        MethodKind.prompt: f"prompt of {method.virtual_tokens} tokens",
-    }[method.kind]
-    if method.kind is MethodKind.lora:
-        kind += f" from layer {method.first_layer}" if method.first_layer else ""
-        kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
-        kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
-    base = "" if method.base is Base.as_is else f" on {'dynamic ' if multiplies_int8(config) else ''}{method.base.value}"
-    high = " (matmul high)" if config.precision.multiplied == "tf32" else ""
-    return f"{kind}{base}, {config.precision.compute.value}{high}, {_engine_words(config)}"
-
-
-def _engine_words(config: Config) -> str:
-    engine = config.engine
-    zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
-    every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
-    checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
-    library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
-    optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
-    return f"{library}{optimizer}{checkpointing}"
 
 
 def run_id(config: Config) -> str:

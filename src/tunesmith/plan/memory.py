@@ -6,6 +6,7 @@ States (weights, gradients, optimizer) are arithmetic; activations, logits and g
 
 from __future__ import annotations
 
+from tunesmith import matmul
 from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
 from tunesmith.plan.optimizers import state_bytes
@@ -90,6 +91,22 @@ def held_bytes(shape: ModelShape, config: Config, world_size: int) -> dict[str, 
     if config.engine.offload and zero >= 2:
         gradients, optimizer = trained * trained_bytes / split[1] if zero == 2 else 0, 0
     return {"weights": weights / split[2], "gradients": gradients, "optimizer": optimizer}
+
+
+def tiles_gib(shape: ModelShape, config: Config) -> float:
+    """GiB of frozen weights that a CPU with AMX keeps in the order of its tiles too, for forward and for backward (model/linear.py)."""
+    method, in_int8, high = config.method, multiplies_int8(config), config.precision.multiplied == "tf32"
+    if config.precision.compute is not Compute.fp32 or config.precision.fp32_layers or gathers_by_hooks(config.engine):
+        return 0.0
+    size = 0
+    if (in_int8 or high) and joins_adapters(method, in_int8=in_int8):
+        numbers = 1 if in_int8 else 4
+        sides = [(outputs, inputs) for _, inputs, outputs in shape.adapted(method.targets)]
+        fitting = [one for one in sides if (one[0] % 64 == one[1] % 64 == 0 if in_int8 else min(one) >= matmul.NARROW)]
+        size = len(shape.adapted_layers(method)) * sum(matmul.tiles_bytes(*one, numbers) for one in fitting)
+    if high and "lm_head" not in shape.trained_ends(method):
+        size += matmul.tiles_bytes(shape.vocab, shape.hidden, 4)
+    return 2 * size / GIB
 
 
 def _constant_buffers(shape: ModelShape, config: Config, world_size: int, cpu: bool) -> float:
