@@ -253,14 +253,14 @@ def test_by_halves_attention_to_a_context_is_plain_arithmetics(
     q, grad = (3 * torch.randn(1, heads, n, d) for _ in range(2))
     k, v = (torch.randn(1, kv_heads, keys, d) for _ in range(2))
     many = [x.double() for x in (q, k, v, grad)]
-    wanted = kernels._over_context(*many[:3], scale)
-    back = kernels._back_over_context(many[3], *many[:3], *wanted, scale, True)
+    wanted = kernels.over_context(*many[:3], scale)
+    back = kernels.back_over_context(many[3], *many[:3], *wanted, scale, True)
     torch.set_num_threads(threads)
     try:
-        found = kernels._over_context(q, k, v, scale)
+        found = kernels.over_context(q, k, v, scale)
         single = [x.float() for x in wanted]
-        of_all = kernels._back_over_context(grad, q, k, v, *single, scale, True)
-        of_q, *none = kernels._back_over_context(grad, q, k, v, *single, scale, False)
+        of_all = kernels.back_over_context(grad, q, k, v, *single, scale, True)
+        of_q, *none = kernels.back_over_context(grad, q, k, v, *single, scale, False)
     finally:
         torch.set_num_threads(before)
     assert none == [None, None] and torch.equal(of_q, of_all[0])
@@ -275,6 +275,6 @@ def test_by_halves_a_key_far_above_the_others_takes_all(by_halves: None) -> None
     torch.manual_seed(0)
     q, k, v = torch.ones(1, 1, 40, 64), torch.zeros(1, 1, 1300, 64), torch.randn(1, 1, 1300, 64)
     k[0, 0, 1200] = 125.0
-    out, sums = kernels._over_context(q, k, v, None)
+    out, sums = kernels.over_context(q, k, v, None)
     assert torch.allclose(out, v[:, :, 1200:1201].expand_as(out), rtol=1e-4, atol=1e-4)
     assert torch.allclose(sums, torch.full_like(sums, 1000.0))

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from tunesmith.model import between, native
+from tunesmith.data.layout import Segment
+from tunesmith.model import attention, between, native
+from tunesmith.model.attention import Layout, ragged_attention
 from tunesmith.model.fused import turn_natively
 
 pytestmark = pytest.mark.skipif(
@@ -120,3 +122,61 @@ def test_without_a_library_pytorch_computes_the_same(monkeypatch: pytest.MonkeyP
         y, _ = between._Norm.apply(leaf, weight, 1e-6)
         found.append((y, gradients(y, leaf)[0], between._gated(gate, up)))
     assert all(near(mine, other) for mine, other in zip(*found, strict=True))
+
+
+FOREST = (Segment(0, 9), Segment(9, 22, ((0, 9),)), Segment(22, 23, ((0, 9), (9, 22))), Segment(23, 61, ((0, 9), (9, 22))), Segment(61, 65))
+"""A beginning, what continues it, two leaves of that, and a tree of its own."""
+
+
+@pytest.mark.parametrize("beginning", [0, 7], ids=["", "behind a beginning"])
+@pytest.mark.parametrize("d", native.HEAD_DIMS)
+def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int) -> None:
+    torch.manual_seed(0)
+    tokens, heads, groups, scale = 65, 6, 2, 0.3
+    exact = [torch.randn(n, many, d, dtype=torch.float64) for n, many in ((tokens, heads), *[(tokens, groups)] * 2, *[(beginning, groups)] * 2)]
+    mine = [x.float().requires_grad_() for x in exact]
+    exact = [x.requires_grad_() for x in exact]
+    sees = torch.zeros(tokens, beginning + tokens, dtype=torch.bool)
+    sees[:, :beginning] = True
+    for one in FOREST:
+        sees[one.start : one.stop, beginning + one.start : beginning + one.stop] = torch.ones(one.length, one.length).tril().bool()
+        for start, stop in one.context:
+            sees[one.start : one.stop, beginning + start : beginning + stop] = True
+    q, k, v, first_k, first_v = (x.transpose(0, 1) for x in exact)
+    keys, values = (torch.cat(both, 1).repeat_interleave(heads // groups, 0) for both in ((first_k, k), (first_v, v)))
+    wanted = ((q @ keys.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    out = attention._Few.apply(*mine, Layout(FOREST).native, scale)
+    assert near(out, wanted)
+    trained = 5 if beginning else 3
+    wanted_gradients, found = gradients(wanted, *exact[:trained]), gradients(out, *mine[:trained])
+    assert all(near(one, other) for one, other in zip(found, wanted_gradients, strict=True))
+    frozen = [*mine[:3], *(x.detach() for x in mine[3:])]
+    alone = gradients(attention._Few.apply(*frozen, Layout(FOREST).native, scale), *mine[:3])
+    assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=False)), "a frozen beginning changes nothing else"
+
+
+def test_attention_of_short_segments_gives_the_same_bits_whatever_threads_share() -> None:
+    torch.manual_seed(0)
+    mine = [torch.randn(65, many, 32).requires_grad_() for many in (6, 2, 2)]
+    nothing, threads, found = torch.empty(0, 2, 32), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = attention._Few.apply(*mine, nothing, nothing, Layout(FOREST).native, None)
+            found.append((out, *gradients(out, *mine)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+def test_long_segments_are_left_to_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(native, "attended", lambda *given: calls.append(given) or _kept(*given))
+    for length in (40, 1200):
+        q, k, v = (torch.randn(1, many, 2 * length, 16) for many in (4, 2, 2))
+        module = torch.nn.Module()
+        ragged_attention(module, q, k, v, None, ragged=Layout([Segment(0, length), Segment(length, 2 * length)]))
+    assert len(calls) == 1
+
+
+_kept = native.attended

@@ -20,11 +20,24 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tunesmith.data.layout import Segment
-from tunesmith.model.kernels import Causal, Kernels, attend, attend_backward, beside_context, kernels_for
+from tunesmith.model import native
+from tunesmith.model.kernels import (
+    Causal,
+    Kernels,
+    attend,
+    attend_backward,
+    back_over_context,
+    beside_context,
+    factor_of,
+    kernels_for,
+    over_context,
+)  # fmt: skip
 
 NAME = "tunesmith_ragged"
 BEHIND = "tunesmith_behind"
 """Answers of several rows that go on from one beginning."""
+FEW_SCORES = 1 << 21
+"""Scores of all heads, contexts counted, up to which a CPU attends in one pass of C++ (ragged.h): it keeps all of them in backward."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -85,6 +98,10 @@ class Layout:
         return rectangles(self.segments, self.device)
 
     @cached_property
+    def native(self) -> native.Segments:
+        return native.Segments([(segment.start, segment.stop, segment.context) for segment in self.segments])
+
+    @cached_property
     def packed(self) -> list[Rectangle]:
         return rectangles(self.segments, self.device, packed=True)
 
@@ -121,6 +138,8 @@ def ragged_attention(
     q, k, v = (_as_computed(x).squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
+    if not dropout and native.takes(q) and q.shape[2] in native.HEAD_DIMS and q.shape[1] * ragged.native.scores <= FEW_SCORES:
+        return cast(torch.Tensor, _Few.apply(q, k, v, first_k, first_v, ragged.native, scaling))[None], None  # type: ignore[no-untyped-call]
     kernels = kernels_for(q, dropout)
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and not (kernels and kernels.groups):
@@ -228,6 +247,50 @@ class _Attention(torch.autograd.Function):
             kernels, gradients[0], q, k, v, context, out, total, (kept[:count], kept[count:]), causal, scale, wants_own, wants_context
         )
         return *found, None, None, None
+
+
+class _Few(torch.autograd.Function):
+    """Attention of all segments in one pass of C++, where they are short: q [tokens, heads, d], k and v [tokens, kv heads, d], what all see
+    besides [any, kv heads, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_k: torch.Tensor, first_v: torch.Tensor,
+        segments: native.Segments, scale: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        outer = None
+        if len(first_k):
+            found = over_context(_by_head(q), _by_head(first_k), _by_head(first_v), scale)
+            outer = found[0][0], found[1][0]
+        out, sums = native.attended(q, k, v, segments, factor_of(q, scale), outer)
+        ctx.save_for_backward(q, k, v, first_k, first_v, out, sums)
+        ctx.settings = segments, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, first_k, first_v, out, sums = ctx.saved_tensors
+        segments, scale = ctx.settings
+        grad = gradients[0].contiguous()
+        found: tuple[torch.Tensor, ...] | tuple[None, None, None] = (None, None, None)
+        of_first: list[torch.Tensor | None] = [None, None]
+        if any(ctx.needs_input_grad[:3]):  # not in the lowest layer under a learned prefix
+            found = native.attended_back(grad, q, k, v, out, sums, segments, factor_of(q, scale))
+        if len(first_k):
+            wants_first = any(ctx.needs_input_grad[3:5])  # not where it is frozen
+            of_out, its_q, keys, values, its_out = (_by_head(x) for x in (grad, q, first_k, first_v, out))
+            of_q, *of_keys = back_over_context(of_out, its_q, keys, values, its_out, sums[None], scale, wants_first)
+            of_first = [None if x is None else x[0].transpose(0, 1) for x in of_keys]
+            if found[0] is not None:
+                found[0].add_(of_q[0].transpose(0, 1))
+        return *found, *of_first, None, None
+
+
+def _by_head(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, d] -> [1, heads, tokens, d]."""
+    return x.transpose(0, 1)[None]
 
 
 AttentionInterface.register(NAME, ragged_attention)

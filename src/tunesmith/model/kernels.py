@@ -66,10 +66,10 @@ CELLS = 1 << 20
 """Scores that are made at a time: 4 MB, which stay in a core's cache until the next matmul has read them."""
 
 
-def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
-    rows, factor = _by_key_head(q, k), _factor(q, scale)
+    rows, factor = _by_key_head(q, k), factor_of(q, scale)
     if matmul.by_tiles(q):
         out, sums = matmul.attention(rows.contiguous(), k[0], v[0], factor)
         return out.view(q.shape), sums.view(q.shape[:3])
@@ -86,7 +86,7 @@ def _over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: floa
     return out.view(q.shape), sums.view(q.shape[:3])
 
 
-def _back_over_context(
+def back_over_context(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -98,7 +98,7 @@ def _back_over_context(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients to q, k and v (those only where they are wanted) of the share that the context has in a merged attention."""
     k, v = k.contiguous(), v.contiguous()
-    rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), _factor(q, scale)
+    rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), factor_of(q, scale)
     sums = total.reshape(rows.shape[:2])
     drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
     if matmul.by_tiles(q):
@@ -128,8 +128,9 @@ def _by_key_head(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return x.reshape(k.shape[1], -1, x.shape[3])
 
 
-def _factor(q: torch.Tensor, scale: float | None) -> float:
-    return float(q.shape[3] ** -0.5) if scale is None else scale
+def factor_of(q: torch.Tensor, scale: float | None) -> float:
+    """What scores of queries [..., d] are multiplied by."""
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
 
 
 def _pieces(rows: torch.Tensor, keys: int) -> Iterator[tuple[int, slice]]:
@@ -144,7 +145,7 @@ def _cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: Causal | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
     if causal is None and q.dtype is torch.float32:
-        return *_over_context(q, k, v, scale), ()
+        return *over_context(q, k, v, scale), ()
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal is not None, scale=scale)
     return out, sums, ()
 
@@ -154,7 +155,7 @@ def _cpu_backward(
     kept: Kept, causal: Causal | None, scale: float | None, wants_keys: bool,
 ) -> Gradients:  # fmt: skip
     if causal is None and q.dtype is torch.float32:
-        return _back_over_context(grad, q, k, v, out, sums, scale, wants_keys)
+        return back_over_context(grad, q, k, v, out, sums, scale, wants_keys)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
         grad, q, k, v, out, sums, 0.0, causal is not None, scale=scale
     )

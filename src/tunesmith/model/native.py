@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tunesmith import compiled
@@ -126,6 +127,50 @@ def softmaxed_back(scores: torch.Tensor, of_shares: torch.Tensor, sums: torch.Te
     drift [queries]: over all that a query sees, the sum of share times gradient to it.
     """
     _call("softmax_back", scores, of_shares, sums, drift, *scores.shape)
+
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""Sizes of heads that `attended` takes."""
+
+
+class Segments:
+    """Where the segments of a micro-batch lie, and what they continue, for C++: of each start, stop, and those of what it continues."""
+
+    def __init__(self, segments: Sequence[tuple[int, int, Sequence[tuple[int, int]]]]) -> None:
+        places = np.array([(start, stop, len(context)) for start, stop, context in segments], dtype=np.int64).reshape(-1, 3)
+        begins = 2 * (np.cumsum(places[:, 2]) - places[:, 2])
+        self._segments = torch.from_numpy(np.column_stack([places, begins]))
+        self._ranges = torch.tensor([number for _, _, context in segments for one in context for number in one] or [0], dtype=torch.int64)
+        seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
+        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // 32) * 32)).sum())
+        """Of a head, as C++ keeps them for backward."""
+
+    def arguments(self, q: torch.Tensor, k: torch.Tensor, factor: float) -> tuple[object, ...]:
+        return self._segments, self._ranges, len(self._segments), *q.shape[:2], *k.shape[1:], ctypes.c_float(factor)
+
+
+def attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, factor: float, outer: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of segments to what they continue and, causally, to themselves, and the log-sum-exp of each query's scores [heads, tokens].
+
+    Queries and outputs are [tokens, heads, d], keys and values [tokens, kv heads, d]. outer: what attention to a part that all of them see
+    besides gives by itself, [heads, tokens, d], and its log-sum-exps.
+    """
+    out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+    _call("ragged", *segments.arguments(q, k, factor), q, k, v, *(outer or (None, None)), out, sums)
+    return out, sums
+
+
+def attended_back(
+    of_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, segments: Segments,
+    factor: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients to q, k and v of what `attended` has given."""
+    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    shares, of_scores = q.new_empty(2, q.shape[1] * segments.scores).unbind(0)
+    _call("ragged_back", *segments.arguments(q, k, factor), of_out, q, k, v, out, sums, shares, of_scores, of_q, of_k, of_v)
+    return of_q, of_k, of_v
 
 
 # --- calling ---------------------------------------------------------------------------------------------------------
