@@ -83,7 +83,7 @@ void share(const Term* terms, int64_t count, float* out, int64_t step, int64_t r
 
 // A tile of the left operand is 16 rows of 64 numbers, which are read where they lie; one of the right operand 16 fours of depths, for 16 lanes
 // each. Four of these stand side by side: as many columns as are rotated together (model/int8.py).
-constexpr int64_t STEP8 = 64, WIDE8 = 64, TALL8 = 32;
+constexpr int64_t STEP8 = 64, WIDE8 = 64, DEEP8 = 576;
 
 // A right operand in tiles: its panels of 64 columns one after the other, each of all depths.
 struct Tiles8 {
@@ -101,65 +101,63 @@ struct Added {
   float scale;
 };
 
-// sums [32, 64] of 32 rows of the left operand, `width` bytes each, which are all depths of the right ones.
-inline void multiply8(const int8_t* left, int64_t width, const Tiles8* rights, int64_t count, int64_t panel, int32_t* sums) {
-  for (int64_t half = 0; half < 2; half++) {
-    const int8_t* from = left;
+// sums [16, 64] += 16 rows of the left operand, `width` bytes each, times so many steps of 64 depths; or = where there are none yet.
+inline void multiply8(const int8_t* left, int64_t width, const char* right, int64_t steps, bool adds, int32_t* sums) {
+  if (adds) {
+    _tile_loadd(0, sums, 4 * WIDE8);
+    _tile_loadd(1, sums + LANES, 4 * WIDE8);
+    _tile_loadd(2, sums + 2 * LANES, 4 * WIDE8);
+    _tile_loadd(3, sums + 3 * LANES, 4 * WIDE8);
+  } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (const Tiles8* tiles = rights; tiles < rights + count; tiles++) {
-      const int64_t size = tiles->depth / STEP8 * 4 * TILE;
-      const char *right = tiles->at + panel * size, *const end = right + size;
-      for (right += half * 2 * TILE; right < end; right += 4 * TILE, from += STEP8) {
-        _tile_loadd(4, from, width);
-        _tile_loadd(6, right, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, right + TILE, 64);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, from + LANES * width, width);
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-      }
-    }
-    int32_t* const to = sums + half * 2 * LANES;
-    _tile_stored(0, to, 4 * WIDE8);
-    _tile_stored(1, to + LANES, 4 * WIDE8);
-    _tile_stored(2, to + LANES * WIDE8, 4 * WIDE8);
-    _tile_stored(3, to + LANES * WIDE8 + LANES, 4 * WIDE8);
   }
+  for (const char* const end = right + steps * 4 * TILE; right < end; right += 4 * TILE, left += STEP8) {
+    _tile_loadd(4, left, width);
+    _tile_loadd(5, right, 64);
+    _tile_dpbssd(0, 4, 5);
+    _tile_loadd(6, right + TILE, 64);
+    _tile_dpbssd(1, 4, 6);
+    _tile_loadd(7, right + 2 * TILE, 64);
+    _tile_dpbssd(2, 4, 7);
+    _tile_loadd(5, right + 3 * TILE, 64);
+    _tile_dpbssd(3, 4, 5);
+  }
+  _tile_stored(0, sums, 4 * WIDE8);
+  _tile_stored(1, sums + LANES, 4 * WIDE8);
+  _tile_stored(2, sums + 2 * LANES, 4 * WIDE8);
+  _tile_stored(3, sums + 3 * LANES, 4 * WIDE8);
 }
 
 // out [rows, 64] = rotated(sums * row_scale * column_scale) + bias + what is added, of columns `j` on; ROWS at a time.
 template <int ROWS>
 inline void finish8(const int32_t* sums, const float* row_scale, const float* column_scale, const float* bias, const Added& added, int64_t i, int64_t j,
                     float* out, int64_t step) {
-  Lanes x[ROWS][4];
-  for (int r = 0; r < ROWS; r++) {
-    const float scale = row_scale[i + r] * 0.125f;  // 1 / the root of 64
-    for (int c = 0; c < 4; c++) {
-      const Lanes of_columns = column_scale ? scale * loaded(column_scale + j + 16 * c) : scale - Lanes{};
-      x[r][c] = mixed((Lanes)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * WIDE8 + 16 * c)) * of_columns);
-    }
-    const Lanes ab = x[r][0] + x[r][1], a_b = x[r][0] - x[r][1], cd = x[r][2] + x[r][3], c_d = x[r][2] - x[r][3];
-    x[r][0] = ab + cd;
-    x[r][1] = a_b + c_d;
-    x[r][2] = ab - cd;
-    x[r][3] = a_b - c_d;
-    if (bias)
-      for (int c = 0; c < 4; c++) x[r][c] += loaded(bias + j + 16 * c);
-  }
+  Lanes more[ROWS][4] = {};
+  const float* left[ROWS];
+  for (int r = 0; r < ROWS; r++) left[r] = added.left + (i + r) * added.left_step;
   for (int64_t t = 0; t < added.depth; t++) {
     const float* const right = added.right + t * added.right_step + j;
     const Lanes of[4] = {loaded(right), loaded(right + 16), loaded(right + 32), loaded(right + 48)};
-    for (int r = 0; r < ROWS; r++) {
-      const float by = added.scale * added.left[(i + r) * added.left_step + t];
-      for (int c = 0; c < 4; c++) x[r][c] += by * of[c];
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < 4; c++) more[r][c] += left[r][t] * of[c];
+  }
+  for (int r = 0; r < ROWS; r++) {
+    const float scale = row_scale[i + r] * 0.125f;  // 1 / the root of 64
+    Lanes x[4];
+    for (int c = 0; c < 4; c++) {
+      const Lanes of_columns = column_scale ? scale * loaded(column_scale + j + 16 * c) : scale - Lanes{};
+      x[c] = mixed((Lanes)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * WIDE8 + 16 * c)) * of_columns);
+    }
+    const Lanes ab = x[0] + x[1], a_b = x[0] - x[1], cd = x[2] + x[3], c_d = x[2] - x[3];
+    const Lanes turned[4] = {ab + cd, a_b + c_d, ab - cd, a_b - c_d};
+    for (int c = 0; c < 4; c++) {
+      const Lanes y = bias ? turned[c] + loaded(bias + j + 16 * c) : turned[c];
+      store(out + (i + r) * step + j + 16 * c, y + added.scale * more[r][c]);
     }
   }
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < 4; c++) store(out + (i + r) * step + j + 16 * c, x[r][c]);
 }
 
 }  // namespace
@@ -204,23 +202,33 @@ extern "C" void products(const Term* terms, int64_t count, float* out, int64_t s
 }
 
 // out [m, n] = rotated((q [m, all depths] the rights, one below the other) * row_scale * column_scale) + bias + what is added. q has rows for a
-// multiple of 32, whatever stands in the last ones; depths and n are multiples of 64. column_scale and bias may be null: 1 and 0.
+// multiple of 16, whatever stands in the last ones; depths and n are multiples of 64. column_scale and bias may be null: 1 and 0.
 extern "C" void products8(const int8_t* q, const float* row_scale, const Tiles8* rights, int64_t count, const float* column_scale, const float* bias,
                           const Added* added, float* out, int64_t m, int64_t n) {
   int64_t width = 0;
   for (int64_t part = 0; part < count; part++) width += rights[part].depth;
-  const int64_t groups = (m + TALL8 - 1) / TALL8, all = n / WIDE8 * groups;
+  const int64_t groups = (m + LANES - 1) / LANES, all = n / WIDE8 * groups;
 #pragma omp parallel
   {
     _tile_loadconfig(&CONFIGURATION);
-    alignas(64) int32_t sums[TALL8 * WIDE8];
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    for (int64_t one = all * thread / threads; one < all * (thread + 1) / threads; one++) {
-      const int64_t panel = one / groups, top = one % groups * TALL8, rows = std::min(TALL8, m - top);
-      multiply8(q + top * width, width, rights, count, panel, sums);
-      int64_t i = 0;
-      for (; i + 4 <= rows; i += 4) finish8<4>(sums + i * WIDE8, row_scale, column_scale, bias, *added, top + i, panel * WIDE8, out, n);
-      for (; i < rows; i++) finish8<1>(sums + i * WIDE8, row_scale, column_scale, bias, *added, top + i, panel * WIDE8, out, n);
+    // A thread's share are groups of 16 rows, panel after panel. Of a panel so many depths at a time as a core's smallest cache holds.
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), from = all * thread / threads, to = all * (thread + 1) / threads;
+    int32_t* const sums = reinterpret_cast<int32_t*>(room.of(groups * LANES * WIDE8 * 4));
+    for (int64_t panel = from / groups; panel * groups < to; panel++) {
+      const int64_t top = std::max(from, panel * groups) % groups, end = std::min(to - panel * groups, groups);
+      int64_t done = 0;
+      for (const Tiles8* tiles = rights; tiles < rights + count; tiles++)
+        for (int64_t depth = 0; depth < tiles->depth; depth += DEEP8) {
+          const int64_t here = std::min(DEEP8, tiles->depth - depth);
+          const char* const right = tiles->at + (panel * tiles->depth + depth) * WIDE8;
+          for (int64_t group = top; group < end; group++)
+            multiply8(q + group * LANES * width + done, width, right, here / STEP8, done > 0, sums + group * LANES * WIDE8);
+          done += here;
+        }
+      int64_t i = top * LANES;
+      const int64_t rows = std::min(m, end * LANES);
+      for (; i + 4 <= rows; i += 4) finish8<4>(sums + i * WIDE8, row_scale, column_scale, bias, *added, i, panel * WIDE8, out, n);
+      for (; i < rows; i++) finish8<1>(sums + i * WIDE8, row_scale, column_scale, bias, *added, i, panel * WIDE8, out, n);
     }
     _tile_release();
   }

@@ -75,10 +75,10 @@ class _Joined(torch.autograd.Function):
             for place, of, scale, mine, of_mine in zip(
                 range(1, len(pairs), 2), of_y, scales, _columns(inner, ranks), _columns(of_inner, ranks), strict=True
             ):
-                torch.mm(of, pairs[place].to(dtype), out=of_mine).mul_(scale)
+                _scaled(scale, of, pairs[place].to(dtype), of_mine)
                 if wants[place]:
                     # As the transpose of a low matrix: half the time of a narrow one by MKL (docs/log.md).
-                    of_pairs[place] = torch.mm(mine.t(), of).mul_(scale).t().to(pairs[place].dtype)
+                    of_pairs[place] = _scaled(scale, mine.t(), of, of.new_empty(mine.shape[1], of.shape[1])).t().to(pairs[place].dtype)
             if any(wants[::2]):
                 of_a = torch.mm(of_inner.t(), remake(*made_from).flatten(0, -2)).to(all_a[0].dtype)
                 of_pairs[::2] = [of if wanted else None for of, wanted in zip(torch.split(of_a, ranks), wants[::2], strict=True)]
@@ -92,6 +92,11 @@ class _Joined(torch.autograd.Function):
                     terms = [Term(of, weight, 1.0, back) for of, weight, back in zip(of_y, frozen, backs, strict=True)]
                     of_x = added_up([*terms, by_adapters])
         return of_x if of_x is None else of_x.view(shape), None, None, None, None, *of_pairs
+
+
+def _scaled(scale: float, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = scale * left @ right, whatever was in it."""
+    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _stacked(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
