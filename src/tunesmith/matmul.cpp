@@ -149,12 +149,11 @@ inline void finish8(const int32_t* sums, const float* row_scale, const float* co
     Lanes x[4];
     for (int c = 0; c < 4; c++) {
       const Lanes of_columns = column_scale ? scale * loaded(column_scale + j + 16 * c) : scale - Lanes{};
-      x[c] = mixed((Lanes)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * WIDE8 + 16 * c)) * of_columns);
+      x[c] = (Lanes)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * WIDE8 + 16 * c)) * of_columns;
     }
-    const Lanes ab = x[0] + x[1], a_b = x[0] - x[1], cd = x[2] + x[3], c_d = x[2] - x[3];
-    const Lanes turned[4] = {ab + cd, a_b + c_d, ab - cd, a_b - c_d};
+    rotate64(x);
     for (int c = 0; c < 4; c++) {
-      const Lanes y = bias ? turned[c] + loaded(bias + j + 16 * c) : turned[c];
+      const Lanes y = bias ? x[c] + loaded(bias + j + 16 * c) : x[c];
       store(out + (i + r) * step + j + 16 * c, y + added.scale * more[r][c]);
     }
   }

@@ -37,7 +37,7 @@ void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 #endif
 
 // Sixteen numbers times the Hadamard matrix of 16 rows: at distance 1, 2, 4 and 8 a sum and a difference.
-Lanes mixed(Lanes x) {
+inline Lanes mixed(Lanes x) {
   x = SWAPPED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * Lanes{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
   x = SWAPPED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * Lanes{1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
   x = SWAPPED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * Lanes{1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
@@ -45,16 +45,23 @@ Lanes mixed(Lanes x) {
          x * Lanes{1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
 }
 
+// Sixty-four numbers times the Hadamard matrix of as many rows.
+inline void rotate64(Lanes* x) {
+  for (int c = 0; c < 4; c++) x[c] = mixed(x[c]);
+  const Lanes ab = x[0] + x[1], a_b = x[0] - x[1], cd = x[2] + x[3], c_d = x[2] - x[3];
+  x[0] = ab + cd;
+  x[1] = a_b + c_d;
+  x[2] = ab - cd;
+  x[3] = a_b - c_d;
+}
+
 // Each `block` numbers of a row times the Hadamard matrix of so many rows, a power of four. Its norm, the root of block, is left in.
 void rotate(float* row, int64_t columns, int64_t block) {
   if (block == 64) {
     for (float* at = row; at < row + columns; at += 64) {
-      const Lanes a = mixed(loaded(at)), b = mixed(loaded(at + 16)), c = mixed(loaded(at + 32)), d = mixed(loaded(at + 48));
-      const Lanes ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
-      store(at, ab + cd);
-      store(at + 16, a_b + c_d);
-      store(at + 32, ab - cd);
-      store(at + 48, a_b - c_d);
+      Lanes x[4] = {loaded(at), loaded(at + 16), loaded(at + 32), loaded(at + 48)};
+      rotate64(x);
+      for (int c = 0; c < 4; c++) store(at + 16 * c, x[c]);
     }
     return;
   }

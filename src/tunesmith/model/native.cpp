@@ -1,4 +1,5 @@
 // Passes over rows of fp32 numbers, each of which reads and writes a tensor once. Compiled when first used, by model/native.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -9,6 +10,39 @@
 namespace {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+}  // namespace
+
+namespace {
+
+// to = rotated(norm from) * by, which may be null: 1. The bits of the largest magnitude: they compare like it, and what is not a number is the
+// largest of all.
+inline int32_t turned_row(const float* __restrict from, int64_t columns, int64_t block, float norm, const float* by, float* __restrict to) {
+  int32_t most = 0;
+  if (block == 64) {
+    Whole largest = {};
+    for (int64_t i = 0; i < columns; i += 64) {
+      Lanes x[4];
+      for (int c = 0; c < 4; c++) x[c] = norm * loaded(from + i + 16 * c);
+      rotate64(x);
+      for (int c = 0; c < 4; c++) {
+        if (by) x[c] *= loaded(by + i + 16 * c);
+        store(to + i + 16 * c, x[c]);
+        const Whole bits = (Whole)x[c] & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+      }
+    }
+    for (int i = 0; i < 16; i++) most = std::max(most, largest[i]);
+    return most;
+  }
+  for (int64_t i = 0; i < columns; i++) to[i] = norm * from[i];
+  rotate(to, columns, block);
+  for (int64_t i = 0; i < columns; i++) {
+    to[i] *= by ? by[i] : 1.0f;
+    most = std::max(most, bits_of(to[i]) & 0x7fffffff);
+  }
+  return most;
+}
 
 }  // namespace
 
@@ -24,21 +58,9 @@ extern "C" void quantise(int64_t parts, const float* const* x, const int64_t* st
     float* __restrict value = values.data();
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-      float* at = value;
-      for (int64_t part = 0; part < parts; part++) {
-        const float* __restrict from = x[part] + row * step[part];
-        for (int64_t i = 0; i < columns[part]; i++) at[i] = from[i] * norm[part];
-        rotate(at, columns[part], block[part]);
-        at += columns[part];
-      }
-      if (by)
-        for (int64_t i = 0; i < width; i++) value[i] *= by[i];
-      // Magnitudes compare like their bits, and what is not a number is the largest of all: it comes out again in the scale.
       int32_t most = 0;
-      for (int64_t i = 0; i < width; i++) {
-        const int32_t bits = bits_of(value[i]) & 0x7fffffff;
-        most = bits > most ? bits : most;
-      }
+      for (int64_t part = 0, first = 0; part < parts; first += columns[part++])
+        most = std::max(most, turned_row(x[part] + row * step[part], columns[part], block[part], norm[part], by ? by + first : nullptr, value + first));
       const float largest = float_of(most), inverse = most ? 127 / largest : 0;
       scale[row] = largest / 127;
       int8_t* __restrict to = q + row * width;
