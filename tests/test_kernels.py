@@ -270,6 +270,32 @@ def test_by_halves_attention_to_a_context_is_plain_arithmetics(
         assert float((one.double() - other).norm() / other.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "n", "d"), [(1, 9, 3, 1100, 64), (3, 4, 2, 97, 64), (2, 2, 1, 513, 48), (1, 3, 3, 576, 128)])
+def test_by_halves_causal_attention_is_plain_arithmetics(
+    rows: int, heads: int, kv_heads: int, n: int, d: int, threads: int, by_halves: None
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    before, causal = torch.get_num_threads(), Causal(n)
+    q, grad = (3 * torch.randn(rows, heads, n, d) for _ in range(2))
+    k, v = (torch.randn(rows, kv_heads, n, d) for _ in range(2))
+    many = [x.double() for x in (q, k, v, grad)]
+    out, sums, _ = CPU.forward(*many[:3], causal, 0.2)
+    wanted = (out, sums, *CPU.backward(many[3], *many[:3], out, sums, (), causal, 0.2, True))
+    torch.set_num_threads(threads)
+    try:
+        found = CPU.forward(q, k, v, causal, 0.2)
+        back = CPU.backward(grad, q, k, v, out.float(), sums.float(), (), causal, 0.2, True)
+        with matmul.torchs_own():
+            own = CPU.forward(q, k, v, causal, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(found[0], own[0]), "by tiles"
+    for one, other in zip((*found[:2], *back), wanted, strict=True):
+        assert one is not None and other is not None and one.shape == other.shape
+        assert float((one.double() - other).norm() / other.norm()) < 1e-4
+
+
 def test_by_halves_a_key_far_above_the_others_takes_all(by_halves: None) -> None:
     """Scores of a thousand: exponentials are of differences to the largest yet, so nothing is infinite, and blocks before count nothing."""
     torch.manual_seed(0)

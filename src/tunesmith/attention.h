@@ -1,4 +1,4 @@
-// Attention to keys that all queries see, by the products of tiles.h.
+// Attention to keys that all queries see, and causal attention, by the products of tiles.h.
 #pragma once
 #include <omp.h>
 
@@ -12,11 +12,12 @@ namespace {
 // A block of scores at a time, 128 KB, which never leaves a core's own cache: queries by keys.
 constexpr int64_t QUERIES = 64, KEYS = 512;
 
-// out = beta out + alpha left right, of packed operands.
-void multiply_packed(const char* left, const char* right, float* out, int64_t step, int64_t m, int64_t n, int64_t depth, float alpha, float beta) {
+// out = beta out + alpha left right, of packed operands; the right one may have been packed with more depths, of which the first are taken.
+void multiply_packed(const char* left, const char* right, float* out, int64_t step, int64_t m, int64_t n, int64_t depth, float alpha, float beta,
+                     int64_t packed = 0) {
   alignas(64) float sums[2 * LANES * WIDE];
   const int64_t steps = steps_of(depth), next = steps * 2 * TILE;
-  for (int64_t j = 0; j < n; j += WIDE, right += steps * 4 * TILE)
+  for (int64_t j = 0; j < n; j += WIDE, right += steps_of(packed ? packed : depth) * 4 * TILE)
     for (int64_t i = 0; i < m; i += 2 * LANES) {
       const Run run = {right, steps};
       if (i + LANES < m)
@@ -39,11 +40,17 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-// A key head's part: queries and what belongs to them [rows, d], keys and values [keys, d], each with d numbers side by side.
+// A key head's part: queries and what belongs to them [rows, d], keys and values [keys, d], each with d numbers side by side. Row i sees keys
+// up to i % period, as several heads' queries of the same tokens lie one behind the other; period 0: all keys.
 struct Head {
   const float *q, *k, *v;
-  int64_t rows, keys, d;
+  int64_t rows, keys, d, period;
   float factor;
+
+  // Of the rows [i, to) so many are taken together.
+  int64_t rows_at(int64_t i, int64_t to) const { return std::min(QUERIES, period ? std::min(to - i, period - i % period) : to - i); }
+  // Of `here` keys from j on row i sees so many.
+  int64_t seen(int64_t i, int64_t j, int64_t here) const { return period ? std::clamp<int64_t>(i % period + 1 - j, 0, here) : here; }
 };
 
 // Softmax so far of one more block of scores [1, keys]: they become shares of the largest yet, by which `sum` and out [d] are kept up too.
@@ -82,13 +89,19 @@ void attend(const Head& head, int64_t from, int64_t to, float* out, float* sums)
     const int64_t here = std::min(KEYS, head.keys - j);
     pack_right({head.k + j * d, 1, d}, d, here, keys);
     pack_right({head.v + j * d, d, 1}, here, d, values);
-    for (int64_t i = from; i < to; i += QUERIES) {
-      const int64_t rows = std::min(QUERIES, to - i);
+    for (int64_t i = from, rows; i < to; i += rows) {
+      rows = head.rows_at(i, to);
+      const int64_t most_seen = head.seen(i + rows - 1, j, here);
+      if (!most_seen) continue;
       pack_left({head.q + i * d, d, 1}, rows, d, queries);
-      multiply_packed(queries, keys, scores, KEYS, rows, here, d, 1, 0);
-      for (int64_t r = 0; r < rows; r++) take_up(scores + r * KEYS, here, head.factor, most[i - from + r], sum[i - from + r], out + (i + r) * d, d);
-      pack_left({scores, KEYS, 1}, rows, here, shares);
-      multiply_packed(shares, values, out + i * d, d, rows, d, here, 1, 1);
+      multiply_packed(queries, keys, scores, KEYS, rows, most_seen, d, 1, 0);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t seen = head.seen(i + r, j, here);
+        take_up(scores + r * KEYS, seen, head.factor, most[i - from + r], sum[i - from + r], out + (i + r) * d, d);
+        std::fill(scores + r * KEYS + seen, scores + r * KEYS + most_seen, 0.0f);
+      }
+      pack_left({scores, KEYS, 1}, rows, most_seen, shares);
+      multiply_packed(shares, values, out + i * d, d, rows, d, most_seen, 1, 1, here);
     }
   }
   for (int64_t i = from; i < to; i++) {
@@ -123,23 +136,35 @@ void attend_back(const Head& head, int64_t from, int64_t to, const float* of_out
     pack_right({head.k + j * d, 1, d}, d, here, keys);
     pack_right({head.v + j * d, 1, d}, d, here, values);
     pack_right({head.k + j * d, d, 1}, here, d, across);
-    for (int64_t i = from; i < to; i += QUERIES) {
-      const int64_t rows = std::min(QUERIES, to - i);
+    if (of_k && head.period) {  // not all of its keys are seen by the first rows
+      std::fill(of_k + j * d, of_k + (j + here) * d, 0.0f);
+      std::fill(of_v + j * d, of_v + (j + here) * d, 0.0f);
+    }
+    for (int64_t i = from, rows; i < to; i += rows) {
+      rows = head.rows_at(i, to);
+      const int64_t most_seen = head.seen(i + rows - 1, j, here);
+      if (!most_seen) continue;
+      const float more = head.period || i > from;
       const Matrix q = {head.q + i * d, d, 1}, of = {of_out + i * d, d, 1};
       pack_left(q, rows, d, queries);
       pack_left(of, rows, d, given);
-      multiply_packed(queries, keys, scores, KEYS, rows, here, d, 1, 0);
-      multiply_packed(given, values, of_scores, KEYS, rows, here, d, 1, 0);
-      for (int64_t r = 0; r < rows; r++) back_up(scores + r * KEYS, of_scores + r * KEYS, here, head.factor, sums[i + r], drift[i + r]);
-      pack_left({of_scores, KEYS, 1}, rows, here, packed);
-      multiply_packed(packed, across, of_q + i * d, d, rows, d, here, head.factor, j ? 1 : 0);
+      multiply_packed(queries, keys, scores, KEYS, rows, most_seen, d, 1, 0);
+      multiply_packed(given, values, of_scores, KEYS, rows, most_seen, d, 1, 0);
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t seen = head.seen(i + r, j, here);
+        back_up(scores + r * KEYS, of_scores + r * KEYS, seen, head.factor, sums[i + r], drift[i + r]);
+        std::fill(scores + r * KEYS + seen, scores + r * KEYS + most_seen, 0.0f);
+        std::fill(of_scores + r * KEYS + seen, of_scores + r * KEYS + most_seen, 0.0f);
+      }
+      pack_left({of_scores, KEYS, 1}, rows, most_seen, packed);
+      multiply_packed(packed, across, of_q + i * d, d, rows, d, most_seen, head.factor, j ? 1 : 0, here);
       if (of_k) {
         pack_right(of, rows, d, given_too);
-        pack_left({scores, 1, KEYS}, here, rows, turned);
-        multiply_packed(turned, given_too, of_v + j * d, d, here, d, rows, 1, i > from);
+        pack_left({scores, 1, KEYS}, most_seen, rows, turned);
+        multiply_packed(turned, given_too, of_v + j * d, d, most_seen, d, rows, 1, more);
         pack_right(q, rows, d, queries_too);
-        pack_left({of_scores, 1, KEYS}, here, rows, turned);
-        multiply_packed(turned, queries_too, of_k + j * d, d, here, d, rows, head.factor, i > from);
+        pack_left({of_scores, 1, KEYS}, most_seen, rows, turned);
+        multiply_packed(turned, queries_too, of_k + j * d, d, most_seen, d, rows, head.factor, more);
       }
     }
   }
@@ -147,17 +172,17 @@ void attend_back(const Head& head, int64_t from, int64_t to, const float* of_out
 
 }  // namespace
 
-// Attention without a mask: q and out [heads, rows, d], k and v [heads, keys, d], sums [heads, rows] of natural log sum exps. Each head's rows
-// are cut into `cuts` shares, of which a thread takes one at a time.
+// Attention: q and out [heads, rows, d], k and v [heads, keys, d], sums [heads, rows] of natural log sum exps; row i sees all keys, or with a
+// period those up to i % period. Each head's rows are cut into `cuts` shares, of which a thread takes one at a time.
 extern "C" void attention(const float* q, const float* k, const float* v, float* out, float* sums, int64_t heads, int64_t rows, int64_t keys,
-                          int64_t d, int64_t cuts, float factor) {
+                          int64_t d, int64_t period, int64_t cuts, float factor) {
 #pragma omp parallel
   {
     _tile_loadconfig(&CONFIGURATION);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < heads * cuts; part++) {
       const int64_t head = part / cuts, cut = part % cuts, from = rows * cut / cuts, to = rows * (cut + 1) / cuts;
-      const Head here = {q + head * rows * d, k + head * keys * d, v + head * keys * d, rows, keys, d, factor};
+      const Head here = {q + head * rows * d, k + head * keys * d, v + head * keys * d, rows, keys, d, period, factor};
       if (from < to) attend(here, from, to, out + head * rows * d, sums + head * rows);
     }
     _tile_release();
@@ -167,16 +192,16 @@ extern "C" void attention(const float* q, const float* k, const float* v, float*
 // Its gradients: of_out as out, drift [heads, rows] what softmax takes off every score's gradient, of_q as q; of_k and of_v [cuts, heads, keys, d],
 // to be added up, or null. rows >= cuts.
 extern "C" void attention_back(const float* of_out, const float* q, const float* k, const float* v, const float* sums, const float* drift,
-                               float* of_q, float* of_k, float* of_v, int64_t heads, int64_t rows, int64_t keys, int64_t d, int64_t cuts,
-                               float factor) {
+                               float* of_q, float* of_k, float* of_v, int64_t heads, int64_t rows, int64_t keys, int64_t d, int64_t period,
+                               int64_t cuts, float factor) {
 #pragma omp parallel
   {
     _tile_loadconfig(&CONFIGURATION);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t part = 0; part < heads * cuts; part++) {
       const int64_t head = part / cuts, cut = part % cuts, from = rows * cut / cuts, to = rows * (cut + 1) / cuts;
       const int64_t of_head = head * rows * d, of_keys = (cut * heads + head) * keys * d;
-      const Head here = {q + of_head, k + head * keys * d, v + head * keys * d, rows, keys, d, factor};
+      const Head here = {q + of_head, k + head * keys * d, v + head * keys * d, rows, keys, d, period, factor};
       attend_back(here, from, to, of_out + of_head, sums + head * rows, drift + head * rows, of_q + of_head, of_k ? of_k + of_keys : nullptr,
                   of_v ? of_v + of_keys : nullptr);
     }

@@ -116,8 +116,8 @@ def _tiles() -> ctypes.CDLL | None:
     library.use_large_pages.argtypes = [pointer, whole]
     library.into_tiles.argtypes = library.into_tiles8.argtypes = [pointer, *[whole] * 4, pointer]
     library.products8.argtypes = [pointer, pointer, pointer, whole, pointer, pointer, pointer, pointer, whole, whole]
-    library.attention.argtypes = [pointer] * 5 + [whole] * 5 + [number]
-    library.attention_back.argtypes = [pointer] * 9 + [whole] * 5 + [number]
+    library.attention.argtypes = [pointer] * 5 + [whole] * 6 + [number]
+    library.attention_back.argtypes = [pointer] * 9 + [whole] * 6 + [number]
     return library
 
 
@@ -259,26 +259,29 @@ class _Added(ctypes.Structure):
 
 
 def by_tiles(q: torch.Tensor) -> bool:
-    """Whether fp32 matrices are multiplied by halves in this process: then so is attention of such queries to keys that all of them see."""
+    """Whether fp32 matrices are multiplied by halves in this process: then so are the products in attention of such queries."""
     import torch
 
     return taken() is HALVES and q.dtype is torch.float32
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention without a mask, by halves: q [heads, rows, d] over k and v [heads, keys, d], all contiguous; out, and the log-sum-exp of
-    each row's scores times factor [heads, rows]. A block of scores never leaves a core's cache (arXiv 2205.14135)."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, factor: float, period: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by halves: q [heads, rows, d] over k and v [heads, keys, d], all contiguous; out, and the log-sum-exp of each row's scores
+    times factor [heads, rows]. A block of scores never leaves a core's cache (arXiv 2205.14135).
+
+    period: row i sees the keys up to i % period; 0: all of them.
+    """
     library, (heads, rows, d) = _tiles(), q.shape
     assert library is not None
     out, sums = q.new_empty(q.shape), q.new_empty(heads, rows)
     places = [x.data_ptr() for x in (q, k, v, out, sums)]
-    library.attention(*places, heads, rows, k.shape[1], d, _cuts(heads, rows), factor)
+    library.attention(*places, heads, rows, k.shape[1], d, period, _cuts(heads, rows), factor)
     return out, sums
 
 
 def attention_back(
     of_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, drift: torch.Tensor, factor: float,
-    wants_keys: bool,
+    wants_keys: bool, period: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """The gradients to q, k and v (those only where they are wanted); drift [heads, rows]: the sum of out times its gradient."""
     library, (heads, rows, d) = _tiles(), q.shape
@@ -287,7 +290,7 @@ def attention_back(
     of_q = q.new_empty(q.shape)
     of_k, of_v = (q.new_empty(cuts, *k.shape) for _ in range(2)) if wants_keys else (None, None)
     places = [x if x is None else x.data_ptr() for x in (of_out, q, k, v, sums, drift, of_q, of_k, of_v)]
-    library.attention_back(*places, heads, rows, k.shape[1], d, cuts, factor)
+    library.attention_back(*places, heads, rows, k.shape[1], d, period, cuts, factor)
     of_keys = [x if x is None else x[0] if cuts == 1 else x.sum(0) for x in (of_k, of_v)]
     return of_q, of_keys[0], of_keys[1]
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from tunesmith import matmul
 from tunesmith.data.layout import Segment
 from tunesmith.model import native
 from tunesmith.model.kernels import (
@@ -28,6 +29,7 @@ from tunesmith.model.kernels import (
     attend_backward,
     back_over_context,
     beside_context,
+    by_tiles,
     factor_of,
     kernels_for,
     over_context,
@@ -36,8 +38,9 @@ from tunesmith.model.kernels import (
 NAME = "tunesmith_ragged"
 BEHIND = "tunesmith_behind"
 """Answers of several rows that go on from one beginning."""
-FEW_SCORES = 1 << 21
-"""Scores of all heads, contexts counted, up to which a CPU attends in one pass of C++ (ragged.h): it keeps all of them in backward."""
+FEW_SCORES, FEW_BY_TILES = 1 << 21, 1 << 19
+"""Scores of all heads, contexts counted, up to which a CPU attends in one pass of C++ (ragged.h): it keeps all of them in backward, and more
+are faster by torch's kernels, or by tiles (docs/log.md)."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -138,7 +141,8 @@ def ragged_attention(
     q, k, v = (_as_computed(x).squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
-    if not dropout and native.takes(q) and q.shape[2] in native.HEAD_DIMS and q.shape[1] * ragged.native.scores <= FEW_SCORES:
+    few = FEW_BY_TILES if matmul.by_tiles(q) else FEW_SCORES
+    if not dropout and native.takes(q) and q.shape[2] in native.HEAD_DIMS and q.shape[1] * ragged.native.scores <= few:
         return cast(torch.Tensor, _Few.apply(q, k, v, first_k, first_v, ragged.native, scaling))[None], None  # type: ignore[no-untyped-call]
     kernels = kernels_for(q, dropout)
     shared = q.shape[1] // k.shape[1]
@@ -153,7 +157,7 @@ def ragged_attention(
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
             ck, cv = ((torch.cat(parts) if box.context else parts[0])[None].transpose(1, 2) for parts in outer)
-        if kernels and (kernels.packs or ck is not None):
+        if kernels and (kernels.packs or ck is not None or (box_q.device.type == "cpu" and by_tiles(box_q))):
             out = cast(torch.Tensor, _Attention.apply(box_q, box_k, box_v, ck, cv, kernels, box.causal, scaling))  # type: ignore[no-untyped-call]
         elif ck is None or cv is None:
             grouped = box_q.shape[1] > box_k.shape[1]

@@ -141,11 +141,25 @@ def _pieces(rows: torch.Tensor, keys: int) -> Iterator[tuple[int, slice]]:
             yield head, slice(start, start + size)
 
 
+def by_tiles(q: torch.Tensor) -> bool:
+    """Whether causal attention of these queries [..., n, d] is worth the tiles of matmul.py."""
+    return q.shape[-2] >= matmul.NARROW and matmul.by_tiles(q)
+
+
+def _heads_alone(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, n, d] -> [rows * kv heads, heads / kv heads * n, d], contiguous: the queries of the same keys one behind the other."""
+    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[3]).contiguous()
+
+
 def _cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: Causal | None, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
     if causal is None and q.dtype is torch.float32:
         return *over_context(q, k, v, scale), ()
+    if causal is not None and by_tiles(q):
+        rows, keys, values = _heads_alone(q, k), *(x.flatten(0, 1).contiguous() for x in (k, v))
+        out, sums = matmul.attention(rows, keys, values, factor_of(q, scale), q.shape[2])
+        return out.view(q.shape), sums.view(q.shape[:3]), ()
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal is not None, scale=scale)
     return out, sums, ()
 
@@ -156,6 +170,12 @@ def _cpu_backward(
 ) -> Gradients:  # fmt: skip
     if causal is None and q.dtype is torch.float32:
         return back_over_context(grad, q, k, v, out, sums, scale, wants_keys)
+    if causal is not None and by_tiles(q):
+        drift = _heads_alone((grad * out).sum(-1, keepdim=True), k)[..., 0]
+        rows, of_out = _heads_alone(q, k), _heads_alone(grad, k)
+        keys, values, sums = k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous(), sums.reshape(rows.shape[:2]).contiguous()
+        of_q, of_k, of_v = matmul.attention_back(of_out, rows, keys, values, sums, drift, factor_of(q, scale), True, q.shape[2])
+        return of_q.view(q.shape), of_k if of_k is None else of_k.view(k.shape), of_v if of_v is None else of_v.view(v.shape)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
         grad, q, k, v, out, sums, 0.0, causal is not None, scale=scale
     )
