@@ -64,7 +64,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         measure_cpu(config.hardware.peak, machine, config.precision.multiplied, plan.threads)
     plan = make_plan(
         config, machine, world.size, dataset.counts(config), local_size=world.local_size, model_folder=base,
-        micro_limit=folder.restarts.micro_batch,
+        micro_limit=folder.restarts.micro_batch, kept=folder.fitted(),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with engine.fit what the plan has chosen

@@ -101,6 +101,7 @@ class Case:
         config.method.r, config.method.dropout = self.rank or 16, self.dropout
         config.precision.compute, config.engine.kind = self.compute, EngineKind.deepspeed if self.halves else EngineKind.accelerate
         config.engine.zero = 0
+        config.data.max_tokens = self.length
         config.engine.checkpointing = self.checkpointing
         return changed(config, dict(self.more))
 

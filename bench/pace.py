@@ -29,6 +29,7 @@ from bench.memory import Case, batch_of, engine_of, flops, grid, module_of
 from bench.roofline import ROWS
 from tunesmith.config import Compute
 from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.model import keep_tiles
 from tunesmith.peaks import Overheads, measure_peak, overheads, take_faster_matmul
 from tunesmith.plan import trained_weights
 from tunesmith.plan.pace import CPU_CONTEXT, CPU_MATMUL, Speed, speed_of, step_seconds
@@ -68,7 +69,9 @@ def pace_now(number: int, threads: int) -> Pace:
 
 def measured(case: Case, folder: Path) -> float:
     """Seconds of the best of some steps of the real engine."""
-    engine = engine_of(case, module_of(case, folder))
+    module = module_of(case, folder)
+    keep_tiles(module.model)
+    engine = engine_of(case, module)
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, best = sum(batch.target_count for batch in batches), float("inf")
     gc.collect()

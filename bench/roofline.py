@@ -1,6 +1,7 @@
 """How much of this CPU's measured matmul peak a whole training step uses, and what eats the rest.
 
     python -m bench.roofline            a row a model and batch, then what the time went to, as Markdown
+    python -m bench.roofline --high     the same with precision.matmul=high, also over the peak of plain fp32
 
 Executed FLOPs (by the plan's closed form, padding of kernels not counted) over the seconds of the median step and over the peak that MFU
 divides by. Then the same steps under torch's profiler: its own cost makes them slower, so only the shares count. What no operator of
@@ -9,6 +10,7 @@ torch accounts for is Python, autograd's own work and waiting.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ import torch
 from bench.memory import Case, batch_of, engine_of, flops, module_of
 from tunesmith.config import Compute
 from tunesmith.hardware import prepare_environment
+from tunesmith.model import keep_tiles
 from tunesmith.peaks import measure_peak, take_faster_matmul
 from tunesmith.plan.shapes import ModelShape
 
@@ -68,7 +71,9 @@ def family_of(operator: str) -> str:
 
 def spent(case: Case, folder: Path) -> tuple[float, dict[str, float]]:
     """Seconds of the median step, and the share of each family of operators in profiled ones."""
-    engine = engine_of(case, module_of(case, folder))
+    module = module_of(case, folder)
+    keep_tiles(module.model)
+    engine = engine_of(case, module)
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
     targets, times = sum(batch.target_count for batch in batches), []
 
@@ -92,19 +97,24 @@ def spent(case: Case, folder: Path) -> tuple[float, dict[str, float]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--high", action="store_true")
+    dtype = "tf32" if parser.parse_args().high else "fp32"
     prepare_environment(on_cpu=True)
     threads = torch.get_num_threads()
-    take_faster_matmul("fp32", threads)
-    peak, by = measure_peak("fp32", "cpu", threads)
-    print(f"{threads} threads, torch {torch.__version__}, fp32 matmul{by} peak {peak / 1e9:.0f} GFLOPS\n")
+    plain, _ = measure_peak("fp32", "cpu", threads)
+    take_faster_matmul(dtype, threads)
+    peak, by = measure_peak(dtype, "cpu", threads)
+    print(f"{threads} threads, torch {torch.__version__}, fp32 matmul{by} peak {peak / 1e9:.0f} GFLOPS, plain {plain / 1e9:.0f}\n")
     names = [*list(FAMILIES), "elementwise and copies", "Python, autograd, waiting"]
-    print(f"| step | s | executed GFLOP | of the peak | {' | '.join(names)} |\n|---|---|---|---|{'---|' * len(names)}")
+    print(f"| step | s | GFLOP | of the peak | of plain fp32's | {' | '.join(names)} |\n|---|---|---|---|---|{'---|' * len(names)}")
     with tempfile.TemporaryDirectory() as folder:
         for case in ROWS:
             seconds, shares = spent(case, Path(folder))
             told = " | ".join(f"{shares.get(name, 0):.0%}" for name in names)
             done = flops(case).executed
-            print(f"| {case} | {seconds:.3f} | {done / 1e9:.0f} | {done / seconds / peak:.2f} | {told} |", flush=True)
+            of_peaks = f"{done / seconds / peak:.2f} | {done / seconds / plain:.2f}"
+            print(f"| {case} | {seconds:.3f} | {done / 1e9:.0f} | {of_peaks} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

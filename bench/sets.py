@@ -53,7 +53,10 @@ SETS = {
         ),
         Set(
             "long", 16, 1, 8, ({"micro_batch": 1, **PADDED}, {"micro_batch": 4, **PADDED}),
-            {"tunesmith fp32, nothing shared": ["data.batching=length_grouped"]},
+            {
+                "tunesmith fp32, nothing shared": ["data.batching=length_grouped"],
+                "tunesmith fp32, matmul high, nothing shared": ["data.batching=length_grouped", "precision.matmul=high"],
+            },
         ),
     )
 }

@@ -13,8 +13,12 @@ import torch
 
 from tests.conftest import ROOT, Finished, launch
 from tunesmith.again import OutOfMemory, Restarts
-from tunesmith.config import Refusal
+from tunesmith.config import Config, EngineKind, Refusal
 from tunesmith.engine import is_out_of_memory
+from tunesmith.hardware import Machine
+from tunesmith.plan import make_plan
+from tunesmith.records import write_json
+from tunesmith.run import RunFolder, plan_record
 from tunesmith.world import World
 
 SMALL = ["eval.before=false", "eval.after=false", "tracker=none", "train.micro_batch=4", "train.steps=4"]
@@ -122,3 +126,17 @@ Restarts(Path({str(tmp_path)!r}), World()).replace_process()
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "closed"), done.stderr
+
+
+def test_what_engine_fit_chose_holds_as_long_as_there_are_checkpoints_of_it(tmp_path: Path) -> None:
+    config = Config(name="fit")
+    config.engine.kind, config.engine.fit, config.model.known_as, config.hardware.card = EngineKind.accelerate, True, "smollm2-135m", "cpu"
+    plan = make_plan(config, Machine(cores=2, ram_gib=16.0), 1)
+    write_json(tmp_path / "plan.json", plan_record(plan))
+    folder = RunFolder(tmp_path, World())
+    assert folder.fitted() == {}, "nothing has been kept of it yet"
+    (folder.checkpoints / "step-000004").mkdir(parents=True)
+    assert folder.fitted() == {
+        "engine.zero": config.engine.zero, "engine.offload": False, "engine.fsdp": False, "engine.checkpointing": False, "engine.checkpoint_every": 1,
+    }  # fmt: skip
+    assert make_plan(config, Machine(cores=2, ram_gib=16.0), 1, kept=folder.fitted()).run_id == plan.run_id

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from tests.test_linear import results
 from tests.test_methods import stir, trained
 from tests.test_model import CPU, config_for, examples
-from tunesmith import compiled
+from tunesmith import compiled, matmul
 from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind, Refusal
 from tunesmith.data.layout import lay_out
 from tunesmith.hardware import this_machine
+from tunesmith.matmul import Term
 from tunesmith.model import TargetLoss, build_model, for_generation, int8, native, new_tokens
 from tunesmith.model.int8 import Int8Linear, block_of, quantise_layers, rotated
 from tunesmith.model.linear import can_be_joined, join_adapters
@@ -181,6 +182,30 @@ def test_base_and_adapter_are_one_operator() -> None:
     y = checkpoint(joined, x, use_reentrant=False)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     assert torch.equal(y, got) and x.grad is not None and torch.equal(x.grad, gradients["x"])
+
+
+@pytest.mark.skipif(not matmul.has_tiles(), reason="no AMX here")
+@pytest.mark.parametrize("tokens", [1, 15, 16, 37, 352])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, (576, 192, 192)), (1536, (576,)), (64, (64, 128)), (640, (1216,))])
+def test_by_tiles_products_are_the_same(inputs: int, outputs: tuple[int, ...], tokens: int) -> None:
+    """With bias and without, several layers together, and what adapters add; the integers' sums are exact either way."""
+    torch.manual_seed(0)
+    layers = [made(nn.Linear(inputs, width, bias=number % 2 == 0)) for number, width in enumerate(outputs)]
+    weight, scales = int8.end_to_end(layers)
+    tiles, threads = matmul.in_tiles([layer.weight.data for layer in layers]), torch.get_num_threads()
+    x, inner = torch.randn(tokens, inputs), torch.randn(tokens, 8 * len(outputs))
+    biases = [layer.bias for layer in layers]
+    added = [Term(inner[:, 8 * i : 8 * i + 8], torch.randn(width, 8).t(), 0.5) for i, width in enumerate(outputs)]
+    of_y, of_inner = [torch.randn(tokens, width) for width in outputs], Term(inner, torch.randn(8 * len(outputs), inputs))
+    wanted = [*int8.multiply(x, weight, scales, biases, outputs, added), int8.multiply_back(of_y, weight, scales, of_inner)]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found = [*int8.multiply(x, weight, scales, biases, outputs, added, tiles), int8.multiply_back(of_y, weight, scales, of_inner, tiles)]
+            for one, other in zip(found, wanted, strict=True):
+                assert float((one - other).abs().max() / other.abs().max()) < 1e-6
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_scales_outlive_halves() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ from tunesmith import matmul
 from tunesmith.config import Base, Batching
 from tunesmith.data.layout import lay_out
 from tunesmith.model import build_model
-from tunesmith.model.linear import Together, can_be_joined, join_adapters
+from tunesmith.model.linear import Together, can_be_joined, join_adapters, keep_tiles
 
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -362,8 +363,45 @@ def test_at_high_precision_a_models_loss_and_gradients_are_pefts_to_1e_5() -> No
     matmul.take(halves)
     try:
         loss, found = gradients(joined)
+        joined.zero_grad()
+        keep_tiles(joined)
+        in_tiles = gradients(joined)
     finally:
         matmul.give_back()
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     assert not torch.equal(found, wanted)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    kept = [name for name, module in joined.named_modules() if hasattr(module, "tiles")]
+    assert len(kept) == 6 * 5 + 1, "of five linear layers and the head; keys and values have 64 outputs, too few for tiles"
+    assert in_tiles[0] == loss and torch.equal(in_tiles[1], found), "the same bits from weights in tiles"
+
+
+@pytest.mark.parametrize("change", ["merged", "trained"])
+def test_a_weight_that_changes_is_never_read_from_tiles(change: str) -> None:
+    """A merged adapter is in the weight and not in its tiles; a weight that is trained has none."""
+    halves = matmul.library(" by bf16 halves")
+    if not halves.is_here():
+        pytest.skip("no AMX here")
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=192, intermediate_size=320, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=200)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
+    join_adapters(model)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.05)
+        if change == "trained" and "base_layer" in name:
+            weight.requires_grad_()
+    ids = torch.randint(200, (1, 120))
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        matmul.take(halves)
+        try:
+            keep_tiles(model)
+            if change == "merged":
+                model.merge_adapter()
+            else:
+                assert not any(hasattr(layer.base_layer, "tiles") for layer in model.modules() if type(layer) is Linear)
+            found = model(input_ids=ids).logits
+        finally:
+            matmul.give_back()
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-5

@@ -14,6 +14,7 @@ from tunesmith.data.layout import Segment
 from tunesmith.model import attention, between, native
 from tunesmith.model.attention import Layout, ragged_attention
 from tunesmith.model.fused import turn_natively
+from tunesmith.plan.shapes import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler here, so the passes are PyTorch's operators"
@@ -129,7 +130,7 @@ FOREST = (Segment(0, 9), Segment(9, 22, ((0, 9),)), Segment(22, 23, ((0, 9), (9,
 
 
 @pytest.mark.parametrize("beginning", [0, 7], ids=["", "behind a beginning"])
-@pytest.mark.parametrize("d", native.HEAD_DIMS)
+@pytest.mark.parametrize("d", HEAD_DIMS)
 def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int) -> None:
     torch.manual_seed(0)
     tokens, heads, groups, scale = 65, 6, 2, 0.3

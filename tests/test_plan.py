@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Matmul, MethodKind, OptimizerKind, Refusal
+from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, Matmul, MethodKind, OptimizerKind, Refusal
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import (
     Counts,
@@ -848,6 +848,10 @@ def test_accelerate_is_split_where_whole_weights_do_not_fit() -> None:
     assert split.config.engine.fsdp
     assert split.notes[0].startswith("engine.fit: FSDP2")
     assert split.memory_gib <= 22
+    # A run that has begun goes on with its own, whatever is fastest now (after running out of memory, or on another card): so its checkpoints fit.
+    again = make_plan(config_of(**settings), A10S, 4, kept={"engine.fsdp": True, "engine.checkpointing": False})
+    assert again.config.engine.fsdp and again.notes[0] == "engine.fit: FSDP2, as this run began"
+    assert again.run_id == whole.run_id
     # What cannot be in pieces, and what has nobody to share them with, stays whole whatever was set.
     for world, changes in ((4, {"method__base": Base.nf4}), (4, {"optim__name": OptimizerKind.adamw_8bit}), (1, {"engine__fsdp": True})):
         choices = list(engine_choices(config_of(**settings, **changes), world))
@@ -927,6 +931,31 @@ def test_ranks_on_several_machines_wait_for_the_network() -> None:
     assert one.time["communication"] < fast.time["communication"] < two.time["communication"]
     assert "nodes    2 x 8 ranks, network 25 Gbit/s assumed" in describe(two) and "nodes " not in describe(one)
     assert fast.run_id == two.run_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_a_weight", "of_the_head"),
+    [
+        ({"precision__matmul": Matmul.high}, 8, 8),
+        ({"method__base": Base.int8, "precision__int8": Int8.dynamic}, 2, 0),
+        ({"method__base": Base.int8, "precision__int8": Int8.dynamic, "precision__matmul": Matmul.high}, 2, 8),
+        ({}, 0, 0),
+        ({"precision__matmul": Matmul.high, "method__dropout": 0.1}, 0, 8),
+        ({"precision__matmul": Matmul.high, "method__kind": MethodKind.full}, 0, 0),
+    ],
+    ids=["high", "int8", "int8 and high", "highest", "dropout", "full"],
+)
+def test_frozen_weights_are_kept_in_tiles_where_there_are_some_and_room(
+    settings: dict[str, Any], bytes_a_weight: int, of_the_head: int
+) -> None:
+    config = config_of(**settings, model__known_as="smollm2-135m", hardware__card="cpu", engine__kind=EngineKind.accelerate)
+    without, there = (make_plan(config, replace(HERE, amx=amx), 1) for amx in (False, True))
+    shape = there.shape
+    wanted = bytes_a_weight * shape.layers * shape.matmul_weights_per_layer + of_the_head * shape.vocab * shape.hidden
+    assert (there.memory["weights"] - without.memory["weights"]) * 2**30 == pytest.approx(wanted, rel=1e-6)
+    assert there.tiles == (wanted > 0) and not without.tiles
+    short = make_plan(config, replace(HERE, amx=True, ram_gib=without.memory_gib / 0.9), 1)
+    assert not short.tiles and short.memory_gib <= without.memory_gib
 
 
 def test_fp32_matrices_multiplied_at_high_precision_divide_by_tf32s_peak_where_a_card_has_it() -> None:

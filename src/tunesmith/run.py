@@ -29,7 +29,8 @@ from filelock import FileLock, Timeout
 from tunesmith import lifeline
 from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal
-from tunesmith.plan import Plan, describe
+from tunesmith.plan import FITTED, Plan, describe
+from tunesmith.plan.checks import leaves
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
@@ -99,6 +100,11 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {}
+
+    def fitted(self) -> dict[str, Any]:
+        """What engine.fit chose, where there are checkpoints of it."""
+        has_begun = any(self.checkpoints.glob("*"))
+        return dict((read_json(self.path / "plan.json") or {}).get("engine", {})) if has_begun else {}
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -369,7 +375,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         for key, value in vars(plan).items()
         if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
     }
-    return {**simple, "memory": dict(plan.memory), "describe": describe(plan)}
+    engine = {path: value for path, value in leaves(plan.config) if path in FITTED}
+    return {**simple, "memory": dict(plan.memory), "engine": engine, "describe": describe(plan)}
 
 
 def command_line(world: World) -> str:

@@ -34,13 +34,11 @@ from tunesmith.model.kernels import (
     kernels_for,
     over_context,
 )  # fmt: skip
+from tunesmith.plan.shapes import attends_at_once
 
 NAME = "tunesmith_ragged"
 BEHIND = "tunesmith_behind"
 """Answers of several rows that go on from one beginning."""
-FEW_SCORES, FEW_BY_TILES = 1 << 21, 1 << 19
-"""Scores of all heads, contexts counted, up to which a CPU attends in one pass of C++ (ragged.h): it keeps all of them in backward, and more
-are faster by torch's kernels, or by tiles (docs/log.md)."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -141,8 +139,7 @@ def ragged_attention(
     q, k, v = (_as_computed(x).squeeze(0).transpose(0, 1) for x in (query, key, value))  # [tokens, heads, d]
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
-    few = FEW_BY_TILES if matmul.by_tiles(q) else FEW_SCORES
-    if not dropout and native.takes(q) and q.shape[2] in native.HEAD_DIMS and q.shape[1] * ragged.native.scores <= few:
+    if not dropout and native.takes(q) and attends_at_once(q.shape[2], q.shape[1] * ragged.native.scores, matmul.by_tiles(q)):
         return cast(torch.Tensor, _Few.apply(q, k, v, first_k, first_v, ragged.native, scaling))[None], None  # type: ignore[no-untyped-call]
     kernels = kernels_for(q, dropout)
     shared = q.shape[1] // k.shape[1]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tunesmith import compiled
+from tunesmith.plan.shapes import MULTIPLE
 
 ROWS = 32
 """Of what is quantised memory goes on to a multiple of so many."""
@@ -129,10 +130,6 @@ def softmaxed_back(scores: torch.Tensor, of_shares: torch.Tensor, sums: torch.Te
     _call("softmax_back", scores, of_shares, sums, drift, *scores.shape)
 
 
-HEAD_DIMS = (16, 32, 64, 128)
-"""Sizes of heads that `attended` takes."""
-
-
 class Segments:
     """Where the segments of a micro-batch lie, and what they continue, for C++: of each start, stop, and those of what it continues."""
 
@@ -142,7 +139,7 @@ class Segments:
         self._segments = torch.from_numpy(np.column_stack([places, begins]))
         self._ranges = torch.tensor([number for _, _, context in segments for one in context for number in one] or [0], dtype=torch.int64)
         seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
-        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // 32) * 32)).sum())
+        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // MULTIPLE) * MULTIPLE)).sum())
         """Of a head, as C++ keeps them for backward."""
 
     def arguments(self, q: torch.Tensor, k: torch.Tensor, factor: float) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, mu
 from tunesmith.plan.words import beside, describe
 
 __all__ = [
-    "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe", "engine_choices",
-    "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops", "steps_per_epoch",
-    "trained_weights",
+    "FITTED", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
+    "engine_choices", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops",
+    "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -206,18 +206,30 @@ def make_plan(
     local_size: int = 0,
     model_folder: Path | None = None,
     micro_limit: int = 0,
+    kept: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Derive the plan; raises PlanError with every problem when the config cannot run as asked.
 
     Where the data has not been counted, the plan reckons with data.max_tokens in every conversation. local_size: ranks on this machine (0:
     all of them). model_folder: the model's files, where they are here. micro_limit: most conversations in a micro-batch, as a larger one
-    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that.
+    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that; kept: what it chose when
+    this run began, as its checkpoints are of that engine.
     """
 
     def plan(tried: Config) -> Plan:
         return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
 
-    return _fastest(config, world_size, plan) if config.engine.fit else plan(config)
+    if not config.engine.fit:
+        return plan(config)
+    if kept:
+        found = plan(changed(config, {"engine.fit": False, **kept}))
+        note = f"engine.fit: {engine_words(found.config)}, as this run began"
+        return replace(found, run_id=run_id(config), notes=[note, *found.notes])
+    return _fastest(config, world_size, plan)
+
+
+FITTED = ("engine.zero", "engine.offload", "engine.fsdp", "engine.checkpointing", "engine.checkpoint_every")
+"""What engine.fit chooses."""
 
 
 def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) -> Plan:
@@ -294,7 +306,7 @@ def _plan(
     mean = max(1, round(expected / per_step))
     common = min(counts.common_tokens, mean - 1) if config.data.batching is Batching.ragged else 0
     in_memory = common if on_cpu else 0  # a card's kernels may want what conversations share once for each
-    micro, accumulation = _split(config, world_size, per_step, shape, longest, in_memory, mean - common, room_gib, on_cpu, micro_limit)
+    micro, accumulation = _split(counted, world_size, per_step, shape, longest, in_memory, mean - common, room_gib, on_cpu, micro_limit)
     threads = config.hardware.threads or max(1, machine.cores // local_size)
     # An epoch is cut within half a conversation of where it should be, so a step has up to a whole one more.
     lengths = [longest] * (step_tokens // longest + 1) + [step_tokens % longest] if step_tokens else [longest] * per_step
@@ -327,7 +339,7 @@ def _plan(
         above, method = above_frozen(shape, config.method)
         cache = Cache(counts.beginnings, state_number_bytes(shape, config), *effort(above, replace(config, method=method)))
     tokens_in_memory = in_memory + micro * (longest - in_memory)
-    memory = memory_gib(shape, config, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
+    memory = memory_gib(shape, counted, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
     tiles = tiles_gib(shape, config) if on_cpu and machine.amx else 0.0
     if limit_gib and sum(memory.values()) + tiles > ROOM * limit_gib:

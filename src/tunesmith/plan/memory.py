@@ -168,6 +168,8 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         liger=not cpu and card is not None and not without_liger(config, card.capability, not shape.fused),
         repeats_keys=not flash,
         masked=0 if merges else config.data.max_tokens,
+        longest=config.data.max_tokens if cpu and compute == 4 else 0,
+        by_tiles=config.precision.multiplied == "tf32",
         accumulates=accumulates,
     )
 

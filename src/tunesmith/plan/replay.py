@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.elementwise import Elementwise
-from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
+from tunesmith.plan.shapes import MULTIPLE, Linear, ModelShape, attends_at_once, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 SCRATCH = 0.7e6
@@ -91,6 +91,10 @@ class Setting:
     masked: int = 0
     """Where no kernels can be merged (model/kernels.py: head sizes that are not in eights, on a card), keys of virtual tokens are copied to
     each conversation, and a mask has this many rows: tokens of the longest conversation. 0: elsewhere."""
+    longest: int = 0
+    """Tokens of the longest conversation where a CPU may attend to all of them at once (`attends_at_once`); 0: it never does."""
+    by_tiles: bool = False
+    """AMX's tiles attend to longer ones."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
@@ -124,11 +128,16 @@ class Step(Elementwise):
         out = self.block(q.size)
         sums = self.block(q.rows * self.shape.heads * 4)
         sizes = [value.size for value in (q, k, v)]
+        scores = int(q.rows * self.shape.heads * -(-setting.longest // MULTIPLE) * MULTIPLE)
+        few = setting.longest > 0 and attends_at_once(self.shape.head_dim, scores, setting.by_tiles)
         self.function()
 
         def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
             self.function()
-            return tuple(self.block(size) for size in sizes)
+            made = tuple(self.block(size) for size in sizes)
+            kept = self.block(2 * scores * 4 if few else 0)  # shares and the gradients to scores
+            del kept
+            return made
 
         return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
 
