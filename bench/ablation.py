@@ -71,6 +71,7 @@ def _padded() -> list[Replacement]:
         (attention, "WASTE", float("inf")),  # all rows are one rectangle
         (attention, "kernels_for", lambda *_: None),  # a beginning is repeated for each row, and masked with it
         (attention, "F", SimpleNamespace(scaled_dot_product_attention=masked)),
+        *_in_rectangles(),
     ]
 
 
@@ -135,6 +136,18 @@ def _pytorchs_operators() -> list[Replacement]:
     return [(native, "library", lambda: None)]
 
 
+def _in_rectangles() -> list[Replacement]:
+    from tunesmith.model import attention
+
+    return [(attention, "attends_at_once", lambda *_: False)]
+
+
+def _packed_anew() -> list[Replacement]:
+    from tunesmith import engine
+
+    return [(engine, "keep_tiles", lambda _: None)]
+
+
 def _given_back() -> list[Replacement]:
     from tunesmith import hardware
 
@@ -158,9 +171,11 @@ PARTS: dict[str, Part] = {
     "kept inputs": Part("transformers' norms and gates, which keep what they give", _transformers_own),
     "together": Part("queries, keys and values, and gate and up, each by themselves", _each_by_itself),
     "passes": Part("norms, gates and rotary embedding by PyTorch's operators", _pytorchs_operators),
+    "at once": Part("short conversations attend by torch's kernels: rectangles, and a merge with what they share", _in_rectangles),
     "memory kept": Part("glibc gives large blocks back to the system, and has pages of 4 KB", _given_back),
     "oneDNN": Part("fp32 matmuls by torch's own choice, MKL", _torchs_own),
     INT8: Part("fp32", settings=("method.base=int8", "precision.int8=dynamic")),
+    "tiles": Part("frozen weights are packed at each use, and int8 is multiplied by torch's own (AMX alone)", _packed_anew),
 }
 """In the order of the ladder. Without `ragged` what several begin with is still computed once, unless `sharing` is off too."""
 BEFORE_TORCH = {"memory kept"}

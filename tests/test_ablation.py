@@ -19,11 +19,11 @@ from bench.ablation import AS_IT_IS, INT8, PARTS, PLAIN
 from bench.train import LOOKED_AT, Refused, ablated, same_losses
 from bench.train_tunesmith import settings
 from tests.test_model import CPU, config_for
-from tunesmith import data, hardware, matmul, peaks
+from tunesmith import data, engine, hardware, matmul, peaks
 from tunesmith.config import Base, Batching, Int8
 from tunesmith.data.batches import Batches
 from tunesmith.data.layout import Example
-from tunesmith.model import build_model, native
+from tunesmith.model import build_model, keep_tiles, native
 from tunesmith.model.between import NORMS
 
 # PEFT still asks transformers for a property by its old name.
@@ -68,6 +68,8 @@ def trained(folder: Path, off: Iterable[str], patch: pytest.MonkeyPatch) -> tupl
     module.model.get_output_embeddings().register_forward_hook(lambda _, given, made: head.append((given[0].shape[1], made.numel())))
     batches = Batches(conversations(), PER_STEP, PER_STEP, 0, Batching.ragged).micro_batches(0, 0, 1)
     assert len(batches) == 1, "in one micro-batch, whatever is switched off"
+    attended, calls = native.attended, []
+    patch.setattr(native, "attended", lambda *given: calls.append(given) or attended(*given))  # type: ignore[func-returns-value]
     loss = module(batches[0])
     loss.backward()
 
@@ -93,8 +95,10 @@ def trained(folder: Path, off: Iterable[str], patch: pytest.MonkeyPatch) -> tupl
         "kept inputs": all("forward" in vars(layer) for layer in layers if type(layer).__name__ in NORMS),
         "together": any("Together" in layer.forward.__func__.__qualname__ for layer in layers if "forward" in vars(layer)),
         "passes": native.library() is not None or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+        "at once": bool(calls) or not any(map(shutil.which, ("c++", "g++", "clang++"))),
         "memory kept": bool(freed),
         "oneDNN": onednn,
+        "tiles": engine.keep_tiles is keep_tiles,
     }
     return loss.item(), {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}, seen
 
@@ -106,7 +110,9 @@ def test_a_part_is_off_the_others_are_on_and_nothing_else_changes(off: list[str]
     assert all(seen.values()) and list(seen) == REPLACED, "a new part has to be looked at here"
     with pytest.MonkeyPatch.context() as patch:
         loss, gradients, seen = trained(tiny_model, off, patch)
-    gone = [name for name in REPLACED if name in off or (name == "together" and "joined" in off)]  # of PEFT's own none are together
+    # Of PEFT's own none are together; and a mask, or no C++ at all, leaves nothing to attend to at once.
+    with_it = {"together": {"joined"}, "at once": {"ragged", "passes"}}
+    gone = [name for name in REPLACED if name in off or with_it.get(name, set()) & set(off)]
     assert [name for name, on in seen.items() if not on] == gone
     assert loss == pytest.approx(wanted, rel=1e-5)
     assert gradients.keys() == wanted_gradients.keys()
@@ -133,7 +139,7 @@ def test_rows_are_each_part_off_and_a_ladder_from_nothing_to_all() -> None:
     for before, row, name in zip(ladder.values(), list(ladder.values())[1:], PARTS, strict=False):
         is_setting = bool(PARTS[name].settings)
         assert set(before.without) - set(row.without) == (set() if is_setting else {name})
-        assert row.same_losses is (name != INT8)
+        assert row.same_losses is (name not in list(PARTS)[list(PARTS).index(INT8) :])
     last = list(ladder.values())[-1]
     assert not last.without and last.settings == PARTS[INT8].settings
     assert all(rows[row.beside].kind in (row.kind, "without") for row in rows.values() if row.beside)
