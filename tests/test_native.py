@@ -129,11 +129,12 @@ FOREST = (Segment(0, 9), Segment(9, 22, ((0, 9),)), Segment(22, 23, ((0, 9), (9,
 """A beginning, what continues it, two leaves of that, and a tree of its own."""
 
 
+@pytest.mark.parametrize("groups", [2, 6])
 @pytest.mark.parametrize("beginning", [0, 7], ids=["", "behind a beginning"])
 @pytest.mark.parametrize("d", HEAD_DIMS)
-def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int) -> None:
+def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int, groups: int) -> None:
     torch.manual_seed(0)
-    tokens, heads, groups, scale = 65, 6, 2, 0.3
+    tokens, heads, scale = 65, 6, 0.3
     exact = [torch.randn(n, many, d, dtype=torch.float64) for n, many in ((tokens, heads), *[(tokens, groups)] * 2, *[(beginning, groups)] * 2)]
     mine = [x.float().requires_grad_() for x in exact]
     exact = [x.requires_grad_() for x in exact]

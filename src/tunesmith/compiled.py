@@ -28,7 +28,8 @@ def library(source: Path, without: str) -> ctypes.CDLL | None:
         return None
     # By themselves compilers avoid the widest vectors, for which some CPUs slow their clock. psabi: none goes from one library to another.
     wide = ["-mprefer-vector-width=512"] if "avx512f" in cpu_words() else []
-    command = [compiler, "-O3", "-march=native", *wide, "-Wno-psabi", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC", str(source)]
+    options = ["-std=c++17", "-O3", "-march=native", *wide, "-Wno-psabi", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC"]
+    command = [compiler, *options, str(source)]
     # A cache may be shared by machines with other CPUs.
     made_from = "\n".join([_whole_text(source), *command[:-1], platform.platform(), cpu_words()])
     made = cache_folder() / "native" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"

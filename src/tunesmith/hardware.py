@@ -284,8 +284,8 @@ def cpu_words() -> str:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies tiles of bf16."""
-    return "amx_bf16" in cpu_words().split()
+    """Whether this CPU multiplies tiles of bf16 and of int8."""
+    return {"amx_tile", "amx_bf16", "amx_int8"} <= set(cpu_words().split())
 
 
 def _cgroup_files(controller: str, v2: str, v1: str) -> list[list[str]]:

@@ -36,7 +36,7 @@ void share(const Term* terms, int64_t count, float* out, int64_t step, int64_t r
   alignas(64) float sums[2 * LANES * WIDE];
   Step at[DEEP / STEP];
   int64_t all = 0;
-  for (int64_t t = 0; t < count; t++) all += (terms[t].depth + STEP - 1) / STEP;
+  for (int64_t t = 0; t < count; t++) all += steps_of(terms[t].depth);
   const int64_t cuts = (all * STEP + DEEP - 1) / DEEP, most = (all + cuts - 1) / cuts;
   Step next_step = {terms, 0};
   out += row * step + column;
@@ -204,6 +204,7 @@ extern "C" void products(const Term* terms, int64_t count, float* out, int64_t s
 // multiple of 16, whatever stands in the last ones; depths and n are multiples of 64. column_scale and bias may be null: 1 and 0.
 extern "C" void products8(const int8_t* q, const float* row_scale, const Tiles8* rights, int64_t count, const float* column_scale, const float* bias,
                           const Added* added, float* out, int64_t m, int64_t n) {
+  if (!m) return;
   int64_t width = 0;
   for (int64_t part = 0; part < count; part++) width += rights[part].depth;
   const int64_t groups = (m + LANES - 1) / LANES, all = n / WIDE8 * groups;

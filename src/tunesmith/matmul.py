@@ -3,7 +3,7 @@
 oneDNN, which torch has as well: torch's builds for x86 hand fp32 to MKL, which keeps its AVX-512 kernels for Intel's own CPUs; on an AMD
 EPYC of the fifth generation it reaches half of what the cores can do, and oneDNN all of it (docs/log.md). Both add up in fp32, in another
 order. bf16 halves, our own (matmul.cpp), with precision.matmul=high on a CPU with AMX: each number as the sum of two in bf16, which is
-what PyTorch's "high" means (torch.set_float32_matmul_precision); the same tiles do attention to keys that all queries see. Which is fastest
+what PyTorch's "high" means (torch.set_float32_matmul_precision); the same tiles do attention. Which is fastest
 is measured once a machine (peaks.py).
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LEAST = 1 << 20
 """Multiplications below which a matmul stays with torch's own library: another one's start, 25 microseconds, costs more than it saves."""
 NARROW = 96
-"""Rows or columns below which a product is no work for halves: what is packed is then multiplied with too little."""
+"""Rows or columns below which a product is no work for halves, nor is causal attention: what is packed is multiplied with too little."""
 MOST_COPIES = 4
 """Of the gradients to keys and values, one for each share of the queries, that are added up at the end."""
 TILE = 32
@@ -180,8 +180,11 @@ def added_up(terms: Sequence[Term], bias: torch.Tensor | None = None) -> torch.T
 class Tiles(NamedTuple):
     """A weight [outputs, inputs] once more, in the order in which tiles read it: as the right side of x W^T and of y W."""
 
-    there: torch.Tensor
-    back: torch.Tensor
+    there: torch.Tensor | None
+    back: torch.Tensor | None
+
+
+NO_TILES = Tiles(None, None)
 
 
 def has_tiles() -> bool:
@@ -191,8 +194,10 @@ def has_tiles() -> bool:
 
 def goes_by_halves(weight: torch.Tensor) -> bool:
     """Whether products of many rows with this frozen weight are made from halves in this process."""
+    import torch
+
     is_plain = weight.device.type == "cpu" and weight.is_contiguous() and not weight.requires_grad
-    return taken() is HALVES and is_plain and str(weight.dtype) == "torch.float32" and min(weight.shape) >= NARROW
+    return taken() is HALVES and is_plain and weight.dtype is torch.float32 and min(weight.shape) >= NARROW
 
 
 def in_tiles(weights: Sequence[torch.Tensor]) -> list[Tiles]:
@@ -210,10 +215,10 @@ def in_tiles(weights: Sequence[torch.Tensor]) -> list[Tiles]:
     made, places = [], iter(torch.split(room, [size for size in sizes for _ in range(2)]))
     for weight in weights:
         write = library.into_tiles8 if weight.dtype is torch.int8 else library.into_tiles
-        tiles = Tiles(next(places), next(places))
-        for side, to in zip((weight.t(), weight), tiles, strict=True):
+        there, back = next(places), next(places)
+        for side, to in ((weight.t(), there), (weight, back)):
             write(side.data_ptr(), *side.stride(), *side.shape, to.data_ptr())
-        made.append(tiles)
+        made.append(Tiles(there, back))
     return made
 
 
@@ -228,8 +233,8 @@ def by_int8(
 ) -> torch.Tensor:  # fmt: skip
     """rotated(rows * (q @ the rights, one below the other) * scales) + bias + what is added, fp32 [m, columns] (model/int8.py).
 
-    q int8 [m, all depths], whose memory goes on for as many rows as make a multiple of 32; rows fp32 [m]; rights: in tiles, each of its
-    depth; scales and bias fp32 [columns], None: 1 and 0. Depths and columns are multiples of 64.
+    q int8 [m, all depths], whose memory goes on for as many rows as make a multiple of native.ROWS; rows fp32 [m]; rights: in tiles, each of
+    its depth; scales and bias fp32 [columns], None: 1 and 0. Depths and columns are multiples of 64.
     """
     import torch
 
@@ -316,7 +321,7 @@ def library(name: str) -> Library:
 def take(chosen: Library) -> None:
     """From now on torch's fp32 matmuls of two matrices on a CPU are this library's, forward and backward, in all that this process does.
 
-    Batched matmuls and attention's own kernels stay where they are.
+    Batched matmuls stay where they are, and attention's own kernels but for what model/kernels.py gives to tiles.
     """
     import torch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -103,7 +104,7 @@ class RunFolder:
 
     def fitted(self) -> dict[str, Any]:
         """What engine.fit chose, where there are checkpoints of it."""
-        has_begun = any(self.checkpoints.glob("*"))
+        has_begun = any(re.fullmatch(r"step-\d+", path.name) for path in self.checkpoints.glob("step-*"))
         return dict((read_json(self.path / "plan.json") or {}).get("engine", {})) if has_begun else {}
 
     def say(self, text: str) -> None:

@@ -10,7 +10,8 @@ leaves it as it was. With the weight W [outputs, inputs] kept as H W H = diag(s)
 
 The products in brackets are exact sums of integers. They take a ninth of the time of fp32 on a CPU with VNNI, so that what stands around
 them decides: a pass that rotates and quantises, and one that scales and rotates back. Each is a loop of C++ on a CPU (native.cpp), a
-matmul by H and a kernel of torch.compile on a card, and several passes of PyTorch where there is no compiler.
+matmul by H and a kernel of torch.compile on a card, and several passes of PyTorch where there is no compiler. With AMX the second is
+part of the product (matmul.cpp), from weights that are kept in the order of its tiles.
 
 Layers that read the same X are one product: their weights lie one after the other (`end_to_end`), each rotated for itself.
 """
@@ -96,10 +97,11 @@ def multiply(
     weight and scales are those of an Int8Linear, or of several end to end; tiles: the weights in tiles, where x is fp32.
     """
     quantised, rows = _quantise([x], None)
-    if tiles:
-        whole = zip(tiles, torch.split(scales, list(outputs)), biases, added, outputs, strict=True)
+    theres = [one.there for one in tiles if one.there is not None]
+    if theres and len(theres) == len(outputs):
+        whole = zip(theres, torch.split(scales, list(outputs)), biases, added, outputs, strict=True)
         return [
-            by_int8(quantised, rows, [(one.there, x.shape[1])], width, of_rows, bias, more._replace(right=more.right.contiguous()))
+            by_int8(quantised, rows, [(one, x.shape[1])], width, of_rows, bias, more._replace(right=more.right.contiguous()))
             for one, of_rows, bias, more, width in whole
         ]
     products = _dequantise(_matmul(quantised, weight.t()), rows, scales, biases, outputs, x.dtype)
@@ -116,8 +118,9 @@ def multiply_back(
     What a row of the weight is scaled by goes into a column of of_y, before it is quantised.
     """
     quantised, rows = _quantise(of_y, scales)
-    if tiles:
-        rights = [(one.back, of.shape[1]) for one, of in zip(tiles, of_y, strict=True)]
+    backs = [one.back for one in tiles if one.back is not None]
+    if backs and len(backs) == len(of_y):
+        rights = [(one, of.shape[1]) for one, of in zip(backs, of_y, strict=True)]
         return by_int8(quantised, rows, rights, weight.shape[1], None, None, added)
     (of_x,) = _dequantise(_matmul(quantised, weight), rows, None, [None], [weight.shape[1]], of_y[0].dtype)
     if added is not None:
@@ -126,8 +129,9 @@ def multiply_back(
 
 
 def fits_tiles(layer: Int8Linear) -> bool:
-    """Whether its numbers are mixed in whole blocks, as the product by tiles rotates them."""
-    return layer.in_features % BLOCK == layer.out_features % BLOCK == 0 and (layer.bias is None or layer.bias.dtype is torch.float32)
+    """Whether native.cpp quantises what it multiplies, and numbers are mixed in whole blocks, as the product by tiles rotates them."""
+    has_fitting_bias = layer.bias is None or layer.bias.dtype is torch.float32
+    return native.library() is not None and has_fitting_bias and layer.in_features % BLOCK == layer.out_features % BLOCK == 0
 
 
 def end_to_end(layers: Sequence[Int8Linear]) -> tuple[torch.Tensor, torch.Tensor]:

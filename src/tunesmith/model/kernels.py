@@ -69,9 +69,9 @@ CELLS = 1 << 20
 def over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
-    rows, factor = _by_key_head(q, k), factor_of(q, scale)
+    rows, factor = _by_key_head(q, k).contiguous(), factor_of(q, scale)
     if matmul.by_tiles(q):
-        out, sums = matmul.attention(rows.contiguous(), k[0], v[0], factor)
+        out, sums = matmul.attention(rows, k[0], v[0], factor)
         return out.view(q.shape), sums.view(q.shape[:3])
     out, sums = torch.empty_like(rows), rows.new_empty(rows.shape[:2])
     for head, part in _pieces(rows, k.shape[2]):
@@ -175,7 +175,9 @@ def _cpu_backward(
         rows, of_out = _heads_alone(q, k), _heads_alone(grad, k)
         keys, values, sums = k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous(), sums.reshape(rows.shape[:2]).contiguous()
         of_q, of_k, of_v = matmul.attention_back(of_out, rows, keys, values, sums, drift, factor_of(q, scale), True, q.shape[2])
-        return of_q.view(q.shape), of_k if of_k is None else of_k.view(k.shape), of_v if of_v is None else of_v.view(v.shape)
+        assert of_k is not None
+        assert of_v is not None
+        return of_q.view(q.shape), of_k.view(k.shape), of_v.view(v.shape)
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
         grad, q, k, v, out, sums, 0.0, causal is not None, scale=scale
     )

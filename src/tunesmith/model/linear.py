@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.matmul import Term, Tiles, added_up, goes_by_halves, has_tiles, in_tiles
+from tunesmith.matmul import NO_TILES, Term, Tiles, added_up, goes_by_halves, has_tiles, in_tiles
 from tunesmith.model import int8
 from tunesmith.model.adapters import inner_model
 from tunesmith.model.between import Again, again, keep_inputs_alone
@@ -88,8 +88,7 @@ class _Joined(torch.autograd.Function):
                 if frozen[0].dtype is torch.int8:
                     of_x = int8.multiply_back(of_y, frozen[0], frozen[1], by_adapters, tiles)
                 else:
-                    backs = [one.back for one in tiles] if tiles else [None] * len(frozen)
-                    terms = [Term(of, weight, 1.0, back) for of, weight, back in zip(of_y, frozen, backs, strict=True)]
+                    terms = [Term(of, weight, 1.0, packed.back) for of, weight, packed in zip(of_y, frozen, tiles, strict=True)]
                     of_x = added_up([*terms, by_adapters])
         return of_x if of_x is None else of_x.view(shape), None, None, None, None, *of_pairs
 
@@ -124,7 +123,7 @@ def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
         made = again(x) or Again(_itself, (x,))
         frozen = int8.end_to_end([one.base for one in layers]) if is_int8 else tuple(one.base.weight for one in layers)
         pairs = [tensor for one in layers for tensor in (one.a, one.b)]
-        tiles = tiles_of([one.base for one in layers]) if x.dtype is torch.float32 else []
+        tiles = [getattr(one.base, "tiles", NO_TILES) if x.dtype is torch.float32 else NO_TILES for one in layers]
         outputs = _Joined.apply(x, frozen, tiles, tuple(one.scale for one in layers), made, *pairs)  # type: ignore[no-untyped-call]
         *ys, inner = cast("tuple[torch.Tensor, ...]", outputs)
         with torch.no_grad():
@@ -136,20 +135,13 @@ def joined(x: torch.Tensor, layers: Sequence[Adapted]) -> list[torch.Tensor]:
             if is_int8:
                 products = int8.multiply(rows, frozen[0], frozen[1], biases, [len(one.b) for one in layers], adapters, tiles)
             else:
-                theres = [one.there for one in tiles] if tiles else [None] * len(frozen)
                 products = [
-                    added_up([Term(rows, weight.t(), 1.0, there), adapter], bias)
-                    for weight, there, adapter, bias in zip(frozen, theres, adapters, biases, strict=True)
+                    added_up([Term(rows, weight.t(), 1.0, packed.there), adapter], bias)
+                    for weight, packed, adapter, bias in zip(frozen, tiles, adapters, biases, strict=True)
                 ]
             for y, product in zip(ys, products, strict=True):
                 y.data = product.view(y.shape)
     return ys
-
-
-def tiles_of(bases: Sequence[Any]) -> list[Tiles]:
-    """The weights of layers in tiles, where `keep_tiles` has made those of all."""
-    found = [base.tiles for base in bases if hasattr(base, "tiles")]
-    return found if len(found) == len(bases) else []
 
 
 def keep_tiles(model: Any) -> None:

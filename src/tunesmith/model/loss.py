@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from tunesmith.matmul import Term, Tiles, added_up
+from tunesmith.matmul import NO_TILES, Term, Tiles, added_up
 from tunesmith.model.adapters import inner_model
 from tunesmith.plan.shapes import logits_at_once, words_at_once
 
@@ -77,7 +77,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool, tiles: Tiles | None
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: Targets, compute: torch.dtype, recorded: bool, tiles: Tiles
     ) -> torch.Tensor:  # fmt: skip
         batch, smoothing, device = targets.batch, targets.smoothing, x.device
         wants_x, wants_weight = (recorded and wanted for wanted in ctx.needs_input_grad[:2])
@@ -96,7 +96,7 @@ class _Summed(torch.autograd.Function):
             part, share = x[start:stop].to(compute), shares[start:stop]
             of, named, count = rows[first:last] - start, labels[first:last], counts[first:last]
             # Into memory of its own: oneDNN would make one beside it all the same.
-            gradient = added_up([Term(part, matrix.t(), 1.0, tiles.there if tiles else None)])
+            gradient = added_up([Term(part, matrix.t(), 1.0, tiles.there)])
             logits = gradient.float()
             logits.sub_(logits.amax(1, keepdim=True))
             chosen = logits[of, named]
@@ -116,7 +116,7 @@ class _Summed(torch.autograd.Function):
                     gradient.copy_(logits)
             del logits
             if of_x is not None:
-                if tiles:
+                if tiles.back is not None:
                     of_x[start:stop] = added_up([Term(gradient, matrix, 1.0, tiles.back)])
                 else:
                     torch.mm(gradient, matrix, out=of_x[start:stop])
@@ -177,7 +177,7 @@ def _forward(head: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return nn.Linear.forward(head, x)
     recorded = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        tiles = getattr(head, "tiles", None) if compute is torch.float32 else None
+        tiles = getattr(head, "tiles", NO_TILES) if compute is torch.float32 else NO_TILES
         loss = _Summed.apply(x.flatten(0, -2), head.weight, targets, compute, recorded, tiles)  # type: ignore[no-untyped-call]
     targets.answer = loss.data_ptr()
     return cast(torch.Tensor, loss)

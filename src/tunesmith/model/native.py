@@ -19,7 +19,7 @@ import torch
 from tunesmith import compiled
 from tunesmith.plan.shapes import MULTIPLE
 
-ROWS = 32
+ROWS = 16
 """Of what is quantised memory goes on to a multiple of so many."""
 
 

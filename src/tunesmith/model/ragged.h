@@ -55,7 +55,7 @@ void gather(const Batch& batch, const Segment& s, int64_t group, const float* x,
     for (int64_t empty = key; empty < width; empty++) turned[c * width + empty] = 0;
 }
 
-// to [4 rows, width] = the products of ROWS rows of x with `keys` turned ones.
+// to [ROWS, width] = the products of ROWS rows of x with `keys` turned ones.
 template <int D, int ROWS>
 void rows_by_turned(const float* const* x, const float* turned, int64_t width, int64_t keys, float* to) {
   for (int64_t j = 0; j < keys; j += 32) {
@@ -192,6 +192,10 @@ void be_seen_back(const Batch& batch, int64_t number, int64_t group, int64_t j, 
     }
 }
 
+// Rows that are taken together: their sums of D numbers each stay in registers.
+template <int D>
+constexpr int TOGETHER = D > 64 ? 2 : 4;
+
 template <int D>
 void attend(const Batch& batch, const float* q, const float* k, const float* v, const float* outer, const float* outer_sums, float* out, float* sums) {
 #pragma omp parallel
@@ -204,12 +208,12 @@ void attend(const Batch& batch, const float* q, const float* k, const float* v, 
       keys.resize(width * D);
       values.resize(width * D);
       turned.resize(width * D);
-      scores.resize(4 * width);
+      scores.resize(TOGETHER<D> * width);
       gather<D>(batch, s, group, v, values.data(), turned.data());
       gather<D>(batch, s, group, k, keys.data(), turned.data());
       for (int64_t head = group * batch.shared(); head < (group + 1) * batch.shared(); head++) {
         int64_t i = 0;
-        for (; i + 4 <= s.length(); i += 4) see<D, 4>(batch, s, head, i, q, turned.data(), values.data(), outer, outer_sums, scores.data(), out, sums);
+        for (constexpr int N = TOGETHER<D>; i + N <= s.length(); i += N) see<D, N>(batch, s, head, i, q, turned.data(), values.data(), outer, outer_sums, scores.data(), out, sums);
         for (; i < s.length(); i++) see<D, 1>(batch, s, head, i, q, turned.data(), values.data(), outer, outer_sums, scores.data(), out, sums);
       }
     }
@@ -232,8 +236,8 @@ void attend_back(const Batch& batch, const float* of_out, const float* q, const 
       for (int64_t head = group * batch.shared(); head < (group + 1) * batch.shared(); head++) {
         float *const p = shares + begin + head * s.length() * width, *const g = of_scores + begin + head * s.length() * width;
         int64_t i = 0;
-        for (; i + 4 <= s.length(); i += 4)
-          see_back<D, 4>(batch, s, head, i, of_out, q, keys.data(), turned_k.data(), turned_v.data(), out, sums, p + i * width, g + i * width, of_q);
+        for (constexpr int N = TOGETHER<D>; i + N <= s.length(); i += N)
+          see_back<D, N>(batch, s, head, i, of_out, q, keys.data(), turned_k.data(), turned_v.data(), out, sums, p + i * width, g + i * width, of_q);
         for (; i < s.length(); i++)
           see_back<D, 1>(batch, s, head, i, of_out, q, keys.data(), turned_k.data(), turned_v.data(), out, sums, p + i * width, g + i * width, of_q);
       }
@@ -243,7 +247,7 @@ void attend_back(const Batch& batch, const float* of_out, const float* q, const 
     for (int64_t part = 0; part < batch.count * batch.groups; part++) {
       const int64_t number = part / batch.groups, group = part % batch.groups, length = batch.segments[number].length();
       int64_t j = 0;
-      for (; j + 4 <= length; j += 4) be_seen_back<D, 4>(batch, number, group, j, of_out, q, shares, of_scores, of_k, of_v);
+      for (constexpr int N = TOGETHER<D>; j + N <= length; j += N) be_seen_back<D, N>(batch, number, group, j, of_out, q, shares, of_scores, of_k, of_v);
       for (; j < length; j++) be_seen_back<D, 1>(batch, number, group, j, of_out, q, shares, of_scores, of_k, of_v);
     }
   }

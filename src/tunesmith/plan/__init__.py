@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith import matmul
 from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
@@ -212,8 +213,8 @@ def make_plan(
 
     Where the data has not been counted, the plan reckons with data.max_tokens in every conversation. local_size: ranks on this machine (0:
     all of them). model_folder: the model's files, where they are here. micro_limit: most conversations in a micro-batch, as a larger one
-    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that; kept: what it chose when
-    this run began, as its checkpoints are of that engine.
+    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that; kept: of that
+    what it chose when this run began, if its checkpoints are of it.
     """
 
     def plan(tried: Config) -> Plan:
@@ -221,25 +222,23 @@ def make_plan(
 
     if not config.engine.fit:
         return plan(config)
-    if kept:
-        found = plan(changed(config, {"engine.fit": False, **kept}))
-        note = f"engine.fit: {engine_words(found.config)}, as this run began"
-        return replace(found, run_id=run_id(config), notes=[note, *found.notes])
-    return _fastest(config, world_size, plan)
+    choices = list(engine_choices(config, world_size))
+    begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
+    return _fastest(config, begun or choices, plan)
 
 
-FITTED = ("engine.zero", "engine.offload", "engine.fsdp", "engine.checkpointing", "engine.checkpoint_every")
-"""What engine.fit chooses."""
+FITTED = ("engine.zero", "engine.offload", "engine.fsdp")
+"""What engine.fit chooses, and checkpoints are of."""
 
 
-def _fastest(config: Config, world_size: int, plan: Callable[[Config], Plan]) -> Plan:
+def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callable[[Config], Plan]) -> Plan:
     """The plan with the engine settings that make a step fastest among those that fit; the first of equals.
 
-    Raises PlanError for the thriftiest of them when none fits.
+    Raises PlanError for the last of them, the thriftiest, when none fits.
     """
     fitting: list[Plan] = []
     refusal: PlanError | None = None
-    for changes in engine_choices(config, world_size):
+    for changes in choices:
         try:
             fitting.append(plan(changed(config, {"engine.fit": False, **changes})))
         except PlanError as error:
@@ -341,7 +340,10 @@ def _plan(
     tokens_in_memory = in_memory + micro * (longest - in_memory)
     memory = memory_gib(shape, counted, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
-    tiles = tiles_gib(shape, config) if on_cpu and machine.amx else 0.0
+    # Where it is not known yet what multiplies, tiles do. After running out of memory nothing is taken that only saves time.
+    _, measured = peak_flops("table", machine, "tf32", cpu=True, threads=threads, measure=False)
+    halves = matmul.HALVES.name in measured or not measured.startswith("measured: ")
+    tiles = tiles_gib(shape, config, halves) if on_cpu and machine.amx and not micro_limit else 0.0
     if limit_gib and sum(memory.values()) + tiles > ROOM * limit_gib:
         tiles = 0.0
     memory["weights"] += tiles

@@ -93,10 +93,14 @@ def held_bytes(shape: ModelShape, config: Config, world_size: int) -> dict[str, 
     return {"weights": weights / split[2], "gradients": gradients, "optimizer": optimizer}
 
 
-def tiles_gib(shape: ModelShape, config: Config) -> float:
-    """GiB of frozen weights that a CPU with AMX keeps in the order of its tiles too, for forward and for backward (model/linear.py)."""
-    method, in_int8, high = config.method, multiplies_int8(config), config.precision.multiplied == "tf32"
-    if config.precision.compute is not Compute.fp32 or config.precision.fp32_layers or gathers_by_hooks(config.engine):
+def tiles_gib(shape: ModelShape, config: Config, halves: bool) -> float:
+    """GiB of frozen weights that a CPU with AMX keeps in the order of its tiles too, for forward and for backward (model/linear.py).
+
+    halves: whether those are what multiplies fp32 matrices at precision.matmul=high.
+    """
+    method, in_int8, high = config.method, multiplies_int8(config), halves and config.precision.multiplied == "tf32"
+    in_pieces = config.engine.fsdp or gathers_by_hooks(config.engine)
+    if config.precision.compute is not Compute.fp32 or config.precision.fp32_layers or in_pieces:
         return 0.0
     size = 0
     if (in_int8 or high) and joins_adapters(method, in_int8=in_int8):
@@ -104,7 +108,7 @@ def tiles_gib(shape: ModelShape, config: Config) -> float:
         sides = [(outputs, inputs) for _, inputs, outputs in shape.adapted(method.targets)]
         fitting = [one for one in sides if (one[0] % 64 == one[1] % 64 == 0 if in_int8 else min(one) >= matmul.NARROW)]
         size = len(shape.adapted_layers(method)) * sum(matmul.tiles_bytes(*one, numbers) for one in fitting)
-    if high and "lm_head" not in shape.trained_ends(method):
+    if high and "lm_head" not in shape.trained_ends(method) and min(shape.vocab, shape.hidden) >= matmul.NARROW:
         size += matmul.tiles_bytes(shape.vocab, shape.hidden, 4)
     return 2 * size / GIB
 
@@ -169,7 +173,6 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         repeats_keys=not flash,
         masked=0 if merges else config.data.max_tokens,
         longest=config.data.max_tokens if cpu and compute == 4 else 0,
-        by_tiles=config.precision.multiplied == "tf32",
         accumulates=accumulates,
     )
 

@@ -93,8 +93,6 @@ class Setting:
     each conversation, and a mask has this many rows: tokens of the longest conversation. 0: elsewhere."""
     longest: int = 0
     """Tokens of the longest conversation where a CPU may attend to all of them at once (`attends_at_once`); 0: it never does."""
-    by_tiles: bool = False
-    """AMX's tiles attend to longer ones."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
@@ -117,7 +115,7 @@ class Step(Elementwise):
     # --- operators -------------------------------------------------------------------------------------------------
 
     def attend(self, q: Value, k: Value, v: Value) -> Value:
-        """Fused attention, which keeps no scores."""
+        """Fused attention, which keeps no scores; on a CPU that of short conversations has all of them in backward (model/ragged.h)."""
         setting = self.setting
         if setting.prefix or setting.prompt:
             return self.attend_to_virtual(q, k, v)
@@ -129,7 +127,7 @@ class Step(Elementwise):
         sums = self.block(q.rows * self.shape.heads * 4)
         sizes = [value.size for value in (q, k, v)]
         scores = int(q.rows * self.shape.heads * -(-setting.longest // MULTIPLE) * MULTIPLE)
-        few = setting.longest > 0 and attends_at_once(self.shape.head_dim, scores, setting.by_tiles)
+        few = setting.longest > 0 and attends_at_once(self.shape.head_dim, scores, by_tiles=False)
         self.function()
 
         def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
