@@ -233,8 +233,8 @@ def by_int8(
 ) -> torch.Tensor:  # fmt: skip
     """rotated(rows * (q @ the rights, one below the other) * scales) + bias + what is added, fp32 [m, columns] (model/int8.py).
 
-    q int8 [m, all depths], whose memory goes on for as many rows as make a multiple of native.ROWS; rows fp32 [m]; rights: in tiles, each of
-    its depth; scales and bias fp32 [columns], None: 1 and 0. Depths and columns are multiples of 64.
+    q int8 [m, all depths], whose memory goes on for as many rows as make a multiple of native.ROWS; rows fp32 [m]; rights: in tiles, each
+    of its depth; scales and bias fp32 [columns], None: 1 and 0. Depths and columns are multiples of 64.
     """
     import torch
 

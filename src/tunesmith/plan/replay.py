@@ -126,24 +126,30 @@ class Step(Elementwise):
         out = self.block(q.size)
         sums = self.block(q.rows * self.shape.heads * 4)
         sizes = [value.size for value in (q, k, v)]
-        scores = int(q.rows * self.shape.heads * -(-setting.longest // MULTIPLE) * MULTIPLE)
-        few = setting.longest > 0 and attends_at_once(self.shape.head_dim, scores, by_tiles=False)
+        at_once = self.scores_at_once(q, setting.longest)
         self.function()
 
         def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
             self.function()
             made = tuple(self.block(size) for size in sizes)
-            kept = self.block(2 * scores * 4 if few else 0)  # shares and the gradients to scores
-            del kept
+            scores = self.block(at_once)
+            del scores
             return made
 
         return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
 
+    def scores_at_once(self, q: Value, keys: int) -> float:
+        """Bytes of the scores and of the gradients to them that backward keeps where all are attended to at once; 0 where they are not."""
+        if not self.setting.longest:
+            return 0.0
+        scores = int(q.rows * self.shape.heads * -(-keys // MULTIPLE) * MULTIPLE)
+        return 8.0 * scores if attends_at_once(self.shape.head_dim, scores, by_tiles=False) else 0.0
+
     def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:
         """Attention to keys that all conversations share and to one's own.
 
-        Each is a kernel call, and the two are merged (model/kernels.py). Where that cannot be, each conversation gets a copy of the
-        shared keys, and there is a mask.
+        Each is a kernel call, and the two are merged (model/kernels.py), but where all are attended to at once. Where that cannot be, each
+        conversation gets a copy of the shared keys, and there is a mask.
         """
         setting, shape = self.setting, self.shape
         virtual = setting.prefix or setting.prompt
@@ -163,11 +169,18 @@ class Step(Elementwise):
             node_block = self.block(size * k.bytes if k.bytes != setting.adapter else 0)
             learned = (self.apply((), virtual, 2 * shape.kv_width, k.bytes, run_learned, block=node_block, trained=True),)
         sums = self.block(q.rows * shape.heads * 4)
-        if setting.masked:
+        # Learned keys are beside what is attended to at once, a prompt's tokens among it.
+        at_once = self.scores_at_once(q, setting.longest + setting.prompt)
+        if at_once:
+            outer = self.block(q.size if learned else 0)
+            out = self.block(q.size)
+            kept: tuple[Block, ...] = (k.block, v.block, *(one.block for one in learned))
+            del outer
+        elif setting.masked:
             n = min(setting.masked, self.tokens)
             rows = math.ceil((self.tokens - setting.prompt) / n) if n else 0
             wide = (q.rows + rows * virtual) * q.width * k.bytes
-            kept: tuple[Block, ...] = (self.block(wide), self.block(wide), self.block(n * (virtual + n) * q.bytes, "buffers"))
+            kept = (self.block(wide), self.block(wide), self.block(n * (virtual + n) * q.bytes, "buffers"))
             out = self.block(q.size)
         else:
             kept = (self.block(virtual * k.width * k.bytes), self.block(virtual * v.width * v.bytes), k.block, v.block)
@@ -180,6 +193,13 @@ class Step(Elementwise):
 
         def run(_: list[Block], saved: object = (q.block, out, sums, *kept)) -> Gradients:
             self.function(not setting.masked)
+            if at_once:
+                made = [self.block(size) if size else None for size in sizes]
+                scores = self.block(at_once)
+                del scores
+                of_outer = self.block(sizes[0] if learned else 0)
+                del of_outer
+                return (*made, *(self.block(0) for _ in learned))
             of_context = [self.block(wide) for _ in range(2)]  # of the copied keys, which are summed up for those that share them
             of_outer = self.block(sizes[0])
             gradients = [self.block(size) if size else None for size in sizes]
@@ -189,7 +209,7 @@ class Step(Elementwise):
             return (*gradients, *(self.block(0) for _ in learned))
 
         merged_out = self.apply((q, k, v, *learned), q.rows, q.width, q.bytes, run, block=out)
-        if setting.prompt:  # the virtual tokens' own attention and the others' are put into one tensor
+        if setting.prompt and not at_once:  # the virtual tokens' own attention and the others' are put into one tensor
             return self.apply((merged_out,), q.rows, q.width, q.bytes, lambda given: (given[0],))
         return merged_out
 
