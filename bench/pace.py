@@ -91,7 +91,7 @@ def seconds(case: Case, peak: float, speed: Speed) -> float:
     """Of a step as the plan adds it up, at what a CPU sustains."""
     tokens = case.rows * case.length
     parts = step_seconds(
-        case.shape, case.config(), None, 1, work=flops(case), peak_flops=peak, tokens=tokens,
+        case.shape, case.config(), None, 1, work=flops(case), peak_flops=peak, tokens=tokens, tiles=this_machine().amx,
         accumulation=case.accumulation,
         trained=trained_weights(case.shape, case.config().method), targets=case.rows * case.targets, speed=speed,
     )  # fmt: skip

@@ -225,7 +225,8 @@ def compare(name: str, windows: int, work: Path) -> Iterator[dict[str, Any]]:
     lengths = sorted(len(ids) for ids, _ in contest.facts["train"])
     print(f"  same token ids, targets and weights; {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}", flush=True)
     best, tried = contest.best_peer(python)
-    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in (ROWS | SETS[name].more).items() if row not in SETS[name].less}
+    ours = {row: overrides for row, overrides in (ROWS | SETS[name].more).items() if row not in SETS[name].less}
+    starts: dict[str, Callable[[], Side]] = {row: partial(contest.ours, overrides) for row, overrides in ours.items()}
     rows = measure(contest, starts | {"TRL": partial(contest.peer, python, best)}, windows)
     first = {row: facts["losses"][0] for row, facts in rows.items() if facts["losses"]}
     if "TRL" in first and abs(first["tunesmith fp32"] / first["TRL"] - 1) > SAME:

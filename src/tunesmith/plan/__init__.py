@@ -326,7 +326,7 @@ def _plan(
             work = _flops(shape, config, own, round(mean * per_step * TARGET_SHARE), forwards, contexts, beginning)
             seconds = step_seconds(
                 shape, config, None if on_cpu else card, world_size, local_size=local_size,
-                work=work.of_a_rank(world_size), peak_flops=peak, gain=gain,
+                work=work.of_a_rank(world_size), peak_flops=peak, gain=gain, tiles=on_cpu and machine.amx,
                 tokens=max(1, math.ceil((expected - per_step * common) / forwards) + common), accumulation=accumulation, trained=trained,
                 overheads=overheads(machine, threads, measure=False) if on_cpu else None,
             )  # fmt: skip

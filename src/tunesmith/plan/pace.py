@@ -49,24 +49,25 @@ class Speed:
 
 
 # A CPU: shares of what `peaks.overheads` measures there, by least squares over bench/pace.py's steps on two cores of an Intel Xeon with
-# AMX (2026-11-29), the medians of three measurements. fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
+# AMX (2026-11-30). fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
 # 2048 x 2048. That of halves is low, as AMX's peak is far above what bringing matrices into its layout allows. Small matmuls pay for their
 # kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
 CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.12, Compute.fp16: 0.12}
-CPU_ATTENTION = {Compute.fp32: 0.21, Compute.bf16: 0.17, Compute.fp16: 0.17}
+CPU_ATTENTION = {Compute.fp32: 0.25, Compute.bf16: 0.06, Compute.fp16: 0.06}
 CPU_CONTEXT = {Compute.fp32: 0.42, Compute.bf16: 0.17, Compute.fp16: 0.17}
 """In fp32 by plain matmuls, which were measured alone (docs/log.md: 256 queries over 3,061 keys in 11 ms and back in 15)."""
-TILES_CONTEXT = 0.55
-"""By bf16 halves, of their own peak: measured alone 0.6 forward and 0.8 back (docs/log.md), less beside other programs."""
-CPU_PRODUCT = {Compute.fp32: 8.9, Compute.bf16: 33.0, Compute.fp16: 33.0}
+TILES_CONTEXT, TILES_CAUSAL = 0.55, 0.45
+"""By bf16 halves, of their own peak: to a context measured alone 0.6 forward and 0.8 back (docs/log.md), less beside other programs; causal
+0.6 to 0.75 for 400 and 1,500 tokens, less for fewer."""
+CPU_PRODUCT = {Compute.fp32: 3.3, Compute.bf16: 18.0, Compute.fp16: 18.0}
 """Of operator_s."""
-CPU_BANDWIDTH = 0.28
-CPU_OPERATOR = 2.1
-CPU_FUNCTION = 22.0
-CPU_RANDOM = 0.6
-CPU_INT8 = 4.0
+CPU_BANDWIDTH = 0.8
+CPU_OPERATOR = 3.8
+CPU_FUNCTION = 13.4
+CPU_RANDOM = 0.8
+CPU_INT8, TILES_INT8 = 4.0, 7.0
 """How many times as fast as fp32 matmuls those of int8 are: 64 numbers an instruction with AVX-512 VNNI and not 16; 2,000 and 490 GOPS were
-measured on an AMD EPYC, 2,000 to 3,700 and 400 here."""
+measured on an AMD EPYC, 2,000 to 3,700 and 400 here. By AMX from weights in tiles 2,200 to 2,700 with all that follows, and 310 to 400."""
 TYPICAL = Overheads(43e9, 4.0e-6, 8.7e-6, 5.0e-9)
 """Of that machine, for one where nothing has been measured yet."""
 CPU_LINK = 1.5e9
@@ -114,6 +115,7 @@ def step_seconds(
     work: Flops,
     peak_flops: float,
     gain: float = 1.0,
+    tiles: bool = False,
     tokens: int,
     accumulation: int,
     trained: int,
@@ -124,7 +126,7 @@ def step_seconds(
     """Seconds of one step on one rank by part: matmul, memory, operators, optimizer, communication.
 
     local_size: ranks on a machine (0: all are on one). work: this rank's in a step. gain: how many times that of torch's own matmuls the
-    peak is on a CPU, with precision.matmul=high. tokens: of one of its `accumulation` micro-batches.
+    peak is on a CPU, with precision.matmul=high. tiles: that CPU has AMX. tokens: of one of its `accumulation` micro-batches.
     card None: a CPU. trained: weights that the optimizer updates. targets: tokens of a micro-batch with a loss (None: TARGET_SHARE of
     them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
     """
@@ -134,11 +136,10 @@ def step_seconds(
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
     own = card.peak_of(config.precision.multiplied) if card else None
-    times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else CPU_INT8 / gain
+    times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else (TILES_INT8 if tiles else CPU_INT8) / gain
     linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
     context_share = TILES_CONTEXT if gain > 1 else speed.context_share
-    # Attention inside a conversation is torch's own kernel, whoever multiplies.
-    attention = gain * work.attention / speed.attention_share + work.over_context / context_share
+    attention = work.attention / (TILES_CAUSAL if gain > 1 else speed.attention_share) + work.over_context / context_share
     matmul = linear / speed.matmul_share + attention
     matmul = matmul / peak_flops + accumulation * step.products * speed.product_s
     memory = accumulation * ((1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s)
