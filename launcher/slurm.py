@@ -328,7 +328,7 @@ def _digest(trials: Sequence[Sequence[str]], request: str) -> str:
 def _code() -> Iterator[Path]:
     for name in COPIED:
         top = ROOT / name
-        yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.suffix in (".py", ".yaml", ".j2", ".cpp"))
+        yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.suffix in (".py", ".yaml", ".j2", ".cpp", ".h"))
 
 
 def _write(folder: Path, script: str, trials: Sequence[Sequence[str]]) -> None:

@@ -171,7 +171,7 @@ def test_a_run_can_say_at_its_start_what_was_chosen() -> None:
 
 
 def test_a_cpu_with_amx_is_told_what_it_could_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    for words, wanted in (("fpu avx512f amx_bf16 amx_tile", 1), ("fpu avx512f", 0)):
+    for words, wanted in (("fpu avx512f amx_bf16 amx_tile amx_int8", 1), ("fpu avx512f", 0)):
         monkeypatch.setattr(hardware, "cpu_words", lambda words=words: f"flags : {words}")
         told = [line for line in explain(compose(["+exp=lora_cpu"]), CPU.machine) if "precision.matmul=high" in line]
         assert len(told) == wanted
