@@ -232,7 +232,7 @@ def test_halves_count_with_high_alone() -> None:
     peaks.measure_peak("tf32", "cpu", 1)
     cache = hardware.cache_folder() / "peaks.json"
     known = json.loads(cache.read_text())
-    assert {key.split(" | ")[2] for key in known} == {"fp32", "fp32 by oneDNN", "fp32 by bf16 halves"}
+    assert {key.split(" | ")[2] for key in known} == {"fp32", "fp32 by oneDNN", "fp32 by bf16 halves in tiles"}
     cache.write_text(json.dumps({key: 9e11 if "halves" in key else 2e11 for key in known}))
     assert peaks.measure_peak("fp32", "cpu", 1) == (2e11, "")
     assert peaks.measure_peak("tf32", "cpu", 1) == ((9e11, HALVES.name) if HALVES.is_here() else (2e11, "")), "without AMX high is highest"

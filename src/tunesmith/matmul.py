@@ -57,6 +57,8 @@ class Library:
     """left @ right + bias: [m, k], [k, n] and [n] give [m, n]."""
     add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, float], object]
     """out = beta * out + alpha * left @ right, where out has its columns side by side; beta 0 reads nothing of out."""
+    again: Callable[[torch.Tensor, torch.Tensor], Callable[[], torch.Tensor]] | None = None
+    """left @ right over and over, with what a right operand that stays can be prepared for; None: with nothing but product."""
     sum: Callable[[torch.Tensor, Sequence[Term], float, float], object] | None = None
     """The same of several products, which are added up before anything is written, whatever their scales; None: not by this one."""
 
@@ -148,8 +150,21 @@ def _sum_by_halves(out: torch.Tensor, terms: Sequence[Term], beta: float, alpha:
     library.products((ctypes.c_int64 * len(numbers))(*numbers), len(terms), out.data_ptr(), out.stride(0), *out.shape, alpha, beta)
 
 
+def _again_by_halves(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
+    ((there, _),) = in_tiles([right.t().contiguous()])
+    out = left.new_empty(left.shape[0], right.shape[1])
+
+    def product() -> torch.Tensor:
+        _sum_by_halves(out, [Term(left, right, 1.0, there)], 0.0, 1.0)
+        return out
+
+    return product
+
+
 ONEDNN = Library(" by oneDNN", True, has_onednn, lambda left, right: True, _by_onednn, _add_by_onednn)
-HALVES = Library(" by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves, _sum_by_halves)
+HALVES = Library(
+    " by bf16 halves", False, lambda: _tiles() is not None, _suits_tiles, _by_halves, _add_by_halves, _again_by_halves, _sum_by_halves
+)
 LIBRARIES = (ONEDNN, HALVES)
 
 
