@@ -340,10 +340,12 @@ def _plan(
     tokens_in_memory = in_memory + micro * (longest - in_memory)
     memory = memory_gib(shape, counted, world_size, tokens_in_memory, cpu=on_cpu, accumulated=accumulation > 1)
     memory["buffers"] += kept_gib
-    # Where it is not known yet what multiplies, tiles do. After running out of memory nothing is taken that only saves time.
-    _, measured = peak_flops("table", machine, "tf32", cpu=True, threads=threads, measure=False)
-    halves = matmul.HALVES.name in measured or not measured.startswith("measured: ")
-    tiles = tiles_gib(shape, config, halves) if on_cpu and machine.amx and not micro_limit else 0.0
+    tiles = 0.0
+    if on_cpu and machine.amx and not micro_limit:  # after running out of memory nothing is taken that only saves time
+        # Where it is not known yet what multiplies, halves do.
+        high = config.precision.multiplied == "tf32"
+        _, measured = peak_flops("table", machine, "tf32", cpu=True, threads=threads, measure=False) if high else (None, "")
+        tiles = tiles_gib(shape, config, matmul.HALVES.name in measured or not measured.startswith("measured: "))
     if limit_gib and sum(memory.values()) + tiles > ROOM * limit_gib:
         tiles = 0.0
     memory["weights"] += tiles
