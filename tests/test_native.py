@@ -147,13 +147,13 @@ def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int
     q, k, v, first_k, first_v = (x.transpose(0, 1) for x in exact)
     keys, values = (torch.cat(both, 1).repeat_interleave(heads // groups, 0) for both in ((first_k, k), (first_v, v)))
     wanted = ((q @ keys.mT * scale).masked_fill(~sees, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-    out = attention._Few.apply(*mine, Layout(FOREST).native, scale)
+    out = attention._AtOnce.apply(*mine, Layout(FOREST).native, scale)
     assert near(out, wanted)
     trained = 5 if beginning else 3
     wanted_gradients, found = gradients(wanted, *exact[:trained]), gradients(out, *mine[:trained])
     assert all(near(one, other) for one, other in zip(found, wanted_gradients, strict=True))
     frozen = [*mine[:3], *(x.detach() for x in mine[3:])]
-    alone = gradients(attention._Few.apply(*frozen, Layout(FOREST).native, scale), *mine[:3])
+    alone = gradients(attention._AtOnce.apply(*frozen, Layout(FOREST).native, scale), *mine[:3])
     assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=False)), "a frozen beginning changes nothing else"
 
 
@@ -164,7 +164,7 @@ def test_attention_of_short_segments_gives_the_same_bits_whatever_threads_share(
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            out = attention._Few.apply(*mine, nothing, nothing, Layout(FOREST).native, None)
+            out = attention._AtOnce.apply(*mine, nothing, nothing, Layout(FOREST).native, None)
             found.append((out, *gradients(out, *mine)))
     finally:
         torch.set_num_threads(threads)

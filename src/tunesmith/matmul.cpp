@@ -148,7 +148,7 @@ inline void finish8(const int32_t* sums, const float* row_scale, const float* co
     const float scale = row_scale[i + r] * 0.125f;  // 1 / the root of 64
     Lanes x[4];
     for (int c = 0; c < 4; c++) {
-      const Lanes of_columns = column_scale ? scale * loaded(column_scale + j + 16 * c) : scale - Lanes{};
+      const Lanes of_columns = column_scale ? scale * loaded(column_scale + j + 16 * c) : scale + Lanes{};
       x[c] = (Lanes)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * WIDE8 + 16 * c)) * of_columns;
     }
     rotate64(x);

@@ -29,7 +29,7 @@ from tunesmith.model.kernels import (
     attend_backward,
     back_over_context,
     beside_context,
-    by_tiles,
+    causal_by_tiles,
     factor_of,
     kernels_for,
     over_context,
@@ -140,7 +140,7 @@ def ragged_attention(
     # What is learned is one more context, in front of what a segment continues.
     first_k, first_v = (k[:0], v[:0]) if prefix is None else prefix[cast(int, module.layer_idx)].to(k.dtype).unbind(0)
     if not dropout and native.takes(q) and attends_at_once(q.shape[2], q.shape[1] * ragged.native.scores, matmul.by_tiles(q)):
-        return cast(torch.Tensor, _Few.apply(q, k, v, first_k, first_v, ragged.native, scaling))[None], None  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, _AtOnce.apply(q, k, v, first_k, first_v, ragged.native, scaling))[None], None  # type: ignore[no-untyped-call]
     kernels = kernels_for(q, dropout)
     shared = q.shape[1] // k.shape[1]
     if shared > 1 and not (kernels and kernels.groups):
@@ -154,7 +154,7 @@ def ragged_attention(
         if box.context or len(first_k):
             outer = [[first, *(x[a:b] for a, b in box.context)] for first, x in ((first_k, k), (first_v, v))]
             ck, cv = ((torch.cat(parts) if box.context else parts[0])[None].transpose(1, 2) for parts in outer)
-        if kernels and (kernels.packs or ck is not None or (box_q.device.type == "cpu" and by_tiles(box_q))):
+        if kernels and (kernels.packs or ck is not None or causal_by_tiles(box_q)):
             out = cast(torch.Tensor, _Attention.apply(box_q, box_k, box_v, ck, cv, kernels, box.causal, scaling))  # type: ignore[no-untyped-call]
         elif ck is None or cv is None:
             grouped = box_q.shape[1] > box_k.shape[1]
@@ -250,7 +250,7 @@ class _Attention(torch.autograd.Function):
         return *found, None, None, None
 
 
-class _Few(torch.autograd.Function):
+class _AtOnce(torch.autograd.Function):
     """Attention of all segments in one pass of C++, where they are short: q [tokens, heads, d], k and v [tokens, kv heads, d], what all see
     besides [any, kv heads, d]."""
 

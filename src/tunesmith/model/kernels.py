@@ -69,7 +69,7 @@ CELLS = 1 << 20
 def over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
-    rows, factor = _by_key_head(q, k).contiguous(), factor_of(q, scale)
+    rows, factor = _by_key_head(q, k), factor_of(q, scale)
     if matmul.by_tiles(q):
         out, sums = matmul.attention(rows, k[0], v[0], factor)
         return out.view(q.shape), sums.view(q.shape[:3])
@@ -124,8 +124,8 @@ def back_over_context(
 
 
 def _by_key_head(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[1, heads, n, d] -> [kv heads, heads / kv heads * n, d]: all rows that look at the same keys."""
-    return x.reshape(k.shape[1], -1, x.shape[3])
+    """[rows, heads, n, d] -> [rows * kv heads, heads / kv heads * n, d], contiguous: all queries that look at the same keys."""
+    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[3]).contiguous()
 
 
 def factor_of(q: torch.Tensor, scale: float | None) -> float:
@@ -141,14 +141,9 @@ def _pieces(rows: torch.Tensor, keys: int) -> Iterator[tuple[int, slice]]:
             yield head, slice(start, start + size)
 
 
-def by_tiles(q: torch.Tensor) -> bool:
-    """Whether causal attention of these queries [..., n, d] is worth the tiles of matmul.py."""
-    return q.shape[-2] >= matmul.NARROW and matmul.by_tiles(q)
-
-
-def _heads_alone(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, n, d] -> [rows * kv heads, heads / kv heads * n, d], contiguous: the queries of the same keys one behind the other."""
-    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[3]).contiguous()
+def causal_by_tiles(q: torch.Tensor) -> bool:
+    """Whether causal attention of these queries [..., n, d] goes by AMX's tiles (matmul.py): on a CPU, and enough of them."""
+    return q.device.type == "cpu" and q.shape[-2] >= matmul.NARROW and matmul.by_tiles(q)
 
 
 def _cpu(
@@ -156,8 +151,8 @@ def _cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
     if causal is None and q.dtype is torch.float32:
         return *over_context(q, k, v, scale), ()
-    if causal is not None and by_tiles(q):
-        rows, keys, values = _heads_alone(q, k), *(x.flatten(0, 1).contiguous() for x in (k, v))
+    if causal is not None and causal_by_tiles(q):
+        rows, keys, values = _by_key_head(q, k), *(x.flatten(0, 1).contiguous() for x in (k, v))
         out, sums = matmul.attention(rows, keys, values, factor_of(q, scale), q.shape[2])
         return out.view(q.shape), sums.view(q.shape[:3]), ()
     out, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal is not None, scale=scale)
@@ -170,9 +165,8 @@ def _cpu_backward(
 ) -> Gradients:  # fmt: skip
     if causal is None and q.dtype is torch.float32:
         return back_over_context(grad, q, k, v, out, sums, scale, wants_keys)
-    if causal is not None and by_tiles(q):
-        drift = _heads_alone((grad * out).sum(-1, keepdim=True), k)[..., 0]
-        rows, of_out = _heads_alone(q, k), _heads_alone(grad, k)
+    if causal is not None and causal_by_tiles(q):
+        rows, of_out, drift = _by_key_head(q, k), _by_key_head(grad, k), _by_key_head((grad * out).sum(-1, keepdim=True), k)[..., 0]
         keys, values, sums = k.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous(), sums.reshape(rows.shape[:2]).contiguous()
         of_q, of_k, of_v = matmul.attention_back(of_out, rows, keys, values, sums, drift, factor_of(q, scale), True, q.shape[2])
         assert of_k is not None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tunesmith import compiled
-from tunesmith.plan.shapes import MULTIPLE
+from tunesmith.plan.shapes import KEYS_MULTIPLE
 
 ROWS = 16
 """Of what is quantised memory goes on to a multiple of so many."""
@@ -139,7 +139,7 @@ class Segments:
         self._segments = torch.from_numpy(np.column_stack([places, begins]))
         self._ranges = torch.tensor([number for _, _, context in segments for one in context for number in one] or [0], dtype=torch.int64)
         seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
-        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // MULTIPLE) * MULTIPLE)).sum())
+        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // KEYS_MULTIPLE) * KEYS_MULTIPLE)).sum())
         """Of a head, as C++ keeps them for backward."""
 
     def arguments(self, q: torch.Tensor, k: torch.Tensor, factor: float) -> tuple[object, ...]:

@@ -18,16 +18,16 @@ from tunesmith import matmul
 from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
-from tunesmith.plan.checks import PlanError, changed, device_gib, goes_with, leaves, problems, target
+from tunesmith.plan.checks import PlanError, changed, device_gib, goes_with, leaves, problems, target, varies
 from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes, tiles_gib
 from tunesmith.plan.network import traffic
-from tunesmith.plan.notes import engine_words, method_words, notes, varies
+from tunesmith.plan.notes import notes
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.pace import checkpoint_gib, step_seconds
 from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, multiplies_int8, shape_needs_files, shape_of
-from tunesmith.plan.words import beside, describe
+from tunesmith.plan.words import beside, describe, engine_words, method_words
 
 __all__ = [
     "FITTED", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",

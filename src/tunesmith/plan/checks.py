@@ -11,7 +11,21 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Int8, Liger, Method, MethodKind, Optim, OptimizerKind, Policy, Refusal
+from tunesmith.config import (
+    Base,
+    Batching,
+    Compute,
+    Config,
+    EngineKind,
+    Int8,
+    Liger,
+    Method,
+    MethodKind,
+    Optim,
+    OptimizerKind,
+    Policy,
+    Refusal,
+)
 from tunesmith.hardware import CARDS, Card, Machine, find_card
 from tunesmith.peaks import given_peak
 from tunesmith.plan.memory import memory_gib
@@ -486,3 +500,8 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + item.name, value.value
         else:
             yield prefix + item.name, float(value) if item.type == "float" else value
+
+
+def varies(config: Config) -> bool:
+    """Whether steps differ in how many micro-batches they need, and not only the last one of an epoch."""
+    return config.train.tokens_per_step > 0 or config.data.batching is Batching.packed

@@ -1,12 +1,12 @@
-"""What a plan says in sentences: what its method is, and what is wasted or passed over."""
+"""What a plan says in sentences: what is wasted, passed over or dearer than it need be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Matmul, MethodKind, OptimizerKind, Train
-from tunesmith.plan.checks import changed
+from tunesmith.config import Base, Compute, Config, EngineKind, Matmul, MethodKind, Train
+from tunesmith.plan.checks import changed, varies
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.shapes import multiplies_int8
 
@@ -67,37 +67,3 @@ def notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) -
         yield f"precision.matmul=high: precision.compute={config.precision.compute.value} multiplies no fp32 matrices"
     if on_cpu and config.precision.compute is Compute.bf16:
         yield "bf16 is slower than fp32 on a CPU without AMX — precision=fp32 is the one to compare"
-
-
-def varies(config: Config) -> bool:
-    """Whether steps differ in how many micro-batches they need, and not only the last one of an epoch."""
-    return config.train.tokens_per_step > 0 or config.data.batching is Batching.packed
-
-
-def method_words(config: Config) -> str:
-    """Precision, method and engine."""
-    method = config.method
-    kind = {
-        MethodKind.full: "full",
-        MethodKind.lora: f"{'DoRA' if method.dora else 'LoRA'} r={method.r}",
-        MethodKind.prefix: f"prefix of {method.virtual_tokens} tokens",
-        MethodKind.prompt: f"prompt of {method.virtual_tokens} tokens",
-    }[method.kind]
-    if method.kind is MethodKind.lora:
-        kind += f" from layer {method.first_layer}" if method.first_layer else ""
-        kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
-        kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
-    base = "" if method.base is Base.as_is else f" on {'dynamic ' if multiplies_int8(config) else ''}{method.base.value}"
-    high = " (matmul high)" if config.precision.multiplied == "tf32" else ""
-    return f"{kind}{base}, {config.precision.compute.value}{high}, {engine_words(config)}"
-
-
-def engine_words(config: Config) -> str:
-    """Engine, its stage, optimizer and recomputation."""
-    engine = config.engine
-    zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
-    every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
-    checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
-    library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
-    optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
-    return f"{library}{optimizer}{checkpointing}"

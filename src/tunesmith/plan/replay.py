@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.elementwise import Elementwise
-from tunesmith.plan.shapes import MULTIPLE, Linear, ModelShape, attends_at_once, logits_at_once, words_at_once
+from tunesmith.plan.shapes import KEYS_MULTIPLE, Linear, ModelShape, attends_at_once, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 SCRATCH = 0.7e6
@@ -142,7 +142,7 @@ class Step(Elementwise):
         """Bytes of the scores and of the gradients to them that backward keeps where all are attended to at once; 0 where they are not."""
         if not self.setting.longest:
             return 0.0
-        scores = int(q.rows * self.shape.heads * -(-keys // MULTIPLE) * MULTIPLE)
+        scores = int(q.rows * self.shape.heads * -(-keys // KEYS_MULTIPLE) * KEYS_MULTIPLE)
         return 8.0 * scores if attends_at_once(self.shape.head_dim, scores, by_tiles=False) else 0.0
 
     def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:

@@ -197,8 +197,8 @@ def gathers_by_hooks(engine: Engine) -> bool:
 HEAD_DIMS = (16, 32, 64, 128)
 FEW_SCORES, FEW_BY_TILES = 1 << 21, 1 << 19
 """More of them are faster by torch's kernels, or by tiles (docs/log.md)."""
-MULTIPLE = 32
-"""Of keys that scores are kept for."""
+KEYS_MULTIPLE = 32
+"""Of keys that scores are kept for (model/ragged.h)."""
 
 
 def logits_at_once(positions: int) -> int:

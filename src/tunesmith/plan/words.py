@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
+from tunesmith.config import Base, Config, EngineKind, MethodKind, OptimizerKind
 from tunesmith.plan.network import ASSUMED_GBIT_PER_S
+from tunesmith.plan.shapes import multiplies_int8
 
 if TYPE_CHECKING:
     from tunesmith.plan import Cache, Plan
@@ -106,3 +108,32 @@ def beside(plan: Plan, rows: Sequence[Mapping[str, float]]) -> str:
         if measured and predicted:
             words.append(f"{kind} {predicted:.3g} s predicted, {median(measured):.3g} measured")
     return "; ".join(words)
+
+
+def method_words(config: Config) -> str:
+    """Precision, method and engine."""
+    method = config.method
+    kind = {
+        MethodKind.full: "full",
+        MethodKind.lora: f"{'DoRA' if method.dora else 'LoRA'} r={method.r}",
+        MethodKind.prefix: f"prefix of {method.virtual_tokens} tokens",
+        MethodKind.prompt: f"prompt of {method.virtual_tokens} tokens",
+    }[method.kind]
+    if method.kind is MethodKind.lora:
+        kind += f" from layer {method.first_layer}" if method.first_layer else ""
+        kind += f" to layer {method.last_layer}" if method.last_layer >= 0 else ""
+        kind += f" and {', '.join(method.modules_to_save)}" if method.modules_to_save else ""
+    base = "" if method.base is Base.as_is else f" on {'dynamic ' if multiplies_int8(config) else ''}{method.base.value}"
+    high = " (matmul high)" if config.precision.multiplied == "tf32" else ""
+    return f"{kind}{base}, {config.precision.compute.value}{high}, {engine_words(config)}"
+
+
+def engine_words(config: Config) -> str:
+    """Engine, its stage, optimizer and recomputation."""
+    engine = config.engine
+    zero = f"DeepSpeed ZeRO {engine.zero}{', offload' if engine.offload else ''}"
+    every = f" every {engine.checkpoint_every} layers" if engine.checkpoint_every > 1 else ""
+    checkpointing = f", checkpointing{every}" if engine.checkpointing else ""
+    library = zero if engine.kind is EngineKind.deepspeed else "FSDP2" if engine.fsdp else "Accelerate"
+    optimizer = "" if config.optim.name is OptimizerKind.adamw else f", {config.optim.name.value}"
+    return f"{library}{optimizer}{checkpointing}"
