@@ -32,6 +32,8 @@ from tunesmith.world import World
 
 COPIED = ("train.py", "conf", "launcher", "src/tunesmith")
 """What a queued job runs from: a copy, so that what is edited meanwhile does not change it."""
+CODE = (".py", ".yaml", ".j2", ".cpp", ".h")
+"""What of it a job needs: Python, configs, templates and what is compiled."""
 NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 """Folders that every node has its own of."""
 
@@ -328,7 +330,7 @@ def _digest(trials: Sequence[Sequence[str]], request: str) -> str:
 def _code() -> Iterator[Path]:
     for name in COPIED:
         top = ROOT / name
-        yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.suffix in (".py", ".yaml", ".j2", ".cpp", ".h"))
+        yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.suffix in CODE)
 
 
 def _write(folder: Path, script: str, trials: Sequence[Sequence[str]]) -> None:
