@@ -39,7 +39,8 @@ ROOM = 0.92
 """Share of a device's memory that the plan fills: the rest is for fragmentation and what the model does not know."""
 CPU_TOKENS = 1024
 """Tokens in one forward on a CPU, common beginnings left out, that more of them would not be much faster than, and memory grows with them:
-830 are as fast as 1,660 on an Intel CPU, with two thirds of the memory, and cost an AMD one 8 % (docs/log.md)."""
+830 are as fast as 1,660 on an Intel CPU, with two thirds of the memory, and cost an AMD one 8 % (docs/log.md). Behind a common beginning
+of more than half of that, twice the beginning's own: each micro-batch computes it, and so it is a third of the work at most."""
 
 
 @dataclass(frozen=True)
@@ -446,7 +447,7 @@ def _split(
     share = math.ceil(per_step / world_size)
     most = config.train.micro_batch
     if not most:
-        ceiling = min(share, max(1, CPU_TOKENS // own)) if on_cpu else share
+        ceiling = min(share, max(1, max(CPU_TOKENS, 2 * common) // own)) if on_cpu else share
 
         def fits(micro: int) -> bool:
             computed = common + micro * (longest - common)
