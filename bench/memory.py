@@ -2,6 +2,7 @@
 
     python -m bench.memory                 the whole grid: a line each, the median and the worst error
     python -m bench.memory --only 3        the fourth configuration alone, with what the plan says is alive at the peak
+    torchrun --nproc-per-node 2 -m bench.memory    FSDP2's pieces instead, those of the first rank
 
 The ledger is the allocator's own: PyTorch's profiler reports every allocation and release, temporaries inside kernels included, and
 their running sum has a highest point. It is taken over the second step of the real engine (Accelerate, one process), when the
@@ -31,7 +32,9 @@ from tunesmith.plan.checks import changed
 from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import GIB, memory_gib
 from tunesmith.plan.shapes import ModelShape
+from tunesmith.world import World, this_world
 
+ALONE = World()
 FAMILIES = {
     "llama": ModelShape("llama", 4, 128, 4, 2, 32, 352, 3000, 1024),
     "qwen2": ModelShape("qwen2", 3, 192, 6, 2, 32, 512, 2000, 1024, tied=True, qkv_bias=True),
@@ -40,6 +43,8 @@ FAMILIES = {
 GLM = ModelShape("glm", 3, 128, 4, 2, 32, 352, 3000, 1024, qkv_bias=True, fused=True)
 BATCHES = ((64, 1, 0.5), (128, 4, 0.1), (512, 1, 0.9), (256, 2, 0.02), (96, 8, 0.3), (512, 2, 0.05), (192, 3, 0.6))
 """(tokens of a conversation, conversations, share of targets)."""
+SENT = 4
+"""Steps of several ranks, of which the least peak counts: gloo's thread lets go of what it has sent sooner or later."""
 PREFIX, PROMPT = ("method.kind", MethodKind.prefix), ("method.kind", MethodKind.prompt)
 MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
     (PREFIX,),
@@ -148,16 +153,27 @@ def grid() -> list[Case]:
     return cases
 
 
-def predicted(case: Case) -> dict[str, float]:
-    """Bytes by part at the predicted peak, the process left out."""
+def sharded() -> list[Case]:
+    """The configurations for several ranks: every family and method in both precisions, with and without recomputation."""
+    kinds: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ((0, ()), (16, ()), (0, (PREFIX,)))
+    cases: list[Case] = []
+    for family, (rank, more), compute, checkpointing in product(FAMILIES, kinds, (Compute.fp32, Compute.bf16), (False, True)):
+        batch = BATCHES[len(cases) % len(BATCHES)]
+        cases.append(Case(family, rank, compute, checkpointing, *batch, 1 + len(cases) // 2 % 2, more=(*more, ("engine.fsdp", True))))
+    return cases
+
+
+def predicted(case: Case, ranks: int = 1) -> dict[str, float]:
+    """Bytes by part at the predicted peak of a rank, the process left out."""
     tokens, targets = case.rows * case.length, case.rows * case.targets
-    parts = memory_gib(case.shape, case.config(), 1, tokens, targets=targets, cpu=True, accumulated=case.accumulation > 1)
+    parts = memory_gib(case.shape, case.config(), ranks, tokens, targets=targets, cpu=True, accumulated=case.accumulation > 1)
     return {name: gib * GIB for name, gib in parts.items() if name != "context" and not (case.halves and name == "optimizer")}
 
 
-def measured(case: Case, folder: Path) -> int:
+def measured(case: Case, folder: Path, world: World = ALONE) -> int:
     """Bytes at the highest point of a step's ledger; the model is made in `folder` if it is not there."""
     import torch
+    from torch.distributed.tensor import DTensor
     from torch.profiler import ProfilerActivity, profile
 
     module = module_of(case, folder)
@@ -171,7 +187,7 @@ def measured(case: Case, folder: Path) -> int:
             for batch in batches:
                 module(batch).backward()
     else:
-        engine = engine_of(case, module)
+        engine = engine_of(case, module, world)
 
         def step() -> None:
             engine.step(batches, sum(batch.target_count for batch in batches), 1e-4, lambda _: nullcontext())
@@ -181,15 +197,18 @@ def measured(case: Case, folder: Path) -> int:
     gc.collect()
     if not case.halves:
         states = [value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    tensors = [*module.parameters(), *module.buffers(), *scales(module), *states]
+    tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*module.parameters(), *module.buffers(), *scales(module), *states)]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
-        step()
-    live = peak = 0
-    for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
-        live += size
-        peak = max(peak, live)
-    return int(sum(held.values()) + peak)
+    peaks = []
+    for _ in range(1 if world.size == 1 else SENT):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
+            step()
+        live = peak = 0
+        for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
+            live += size
+            peak = max(peak, live)
+        peaks.append(peak)
+    return int(sum(held.values()) + min(peaks))
 
 
 def module_of(case: Case, folder: Path) -> Any:
@@ -201,17 +220,17 @@ def module_of(case: Case, folder: Path) -> Any:
     return build_model(case.config(), model_in(folder, case.shape), torch.device("cpu"))
 
 
-def engine_of(case: Case, module: Any) -> Any:
+def engine_of(case: Case, module: Any, world: World = ALONE) -> Any:
     """The real engine around a model."""
     import torch
     from accelerate.state import AcceleratorState
 
     from tunesmith.engine.accelerate import AccelerateEngine
-    from tunesmith.world import World
+    from tunesmith.engine.fsdp import FsdpEngine
 
-    threads = torch.get_num_threads()
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first precision of a process
-    engine = AccelerateEngine(case.config(), World(), module, torch.device("cpu"))
+    threads, config = torch.get_num_threads(), case.config()
+    AcceleratorState._reset_state(reset_partial_state=world.size == 1)  # it keeps the first precision of a process
+    engine = (FsdpEngine if config.engine.fsdp else AccelerateEngine)(config, world, module, torch.device("cpu"))
     torch.set_num_threads(threads)  # Accelerate takes one for a rank
     return engine
 
@@ -285,27 +304,39 @@ def batch_of(case: Case, seed: int) -> Any:
     return lay_out([conversation(row) for row in range(case.rows)], Batching.ragged)
 
 
-def compare(cases: list[Case]) -> Iterator[tuple[Case, float, int]]:
+def compare(cases: list[Case], world: World = ALONE) -> Iterator[tuple[Case, float, int]]:
     """(case, predicted, measured) bytes."""
     with tempfile.TemporaryDirectory() as folder:
+        if world.size > 1:
+            import torch.distributed as dist
+
+            for shape in {case.shape for case in cases}:
+                model_in(Path(folder), shape)  # once they are together transformers lets the first rank alone write files
+            dist.init_process_group("gloo")
         for case in cases:
-            yield case, sum(predicted(case).values()), measured(case, Path(folder))
+            yield case, sum(predicted(case, world.size).values()), measured(case, Path(folder), world)
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, default=-1)
+    parser.add_argument("--every", type=int, default=1, help="every so many-th configuration")
     asked = parser.parse_args()
-    cases = grid() if asked.only < 0 else [grid()[asked.only]]
+    world = this_world()
+    cases = grid() if world.size == 1 else sharded()
+    cases = cases[:: asked.every] if asked.only < 0 else [cases[asked.only]]
+    say = print if world.is_main else lambda *_, **__: None
     errors = []
-    print("| configuration | predicted MB | measured MB | error |\n|---|---|---|---|")
-    for case, guess, truth in compare(cases):
+    say("| configuration | predicted MB | measured MB | error |\n|---|---|---|---|")
+    for case, guess, truth in compare(cases, world):
         errors.append(guess / truth - 1)
-        print(f"| {case} | {guess / 1e6:.2f} | {truth / 1e6:.2f} | {errors[-1]:+.2%} |", flush=True)
+        say(f"| {case} | {guess / 1e6:.2f} | {truth / 1e6:.2f} | {errors[-1]:+.2%} |", flush=True)
     if asked.only >= 0:
-        print({part: round(size / 1e6, 3) for part, size in predicted(cases[0]).items()})
+        say({part: round(size / 1e6, 3) for part, size in predicted(cases[0], world.size).items()})
     sizes = sorted(map(abs, errors))
-    print(f"\n{len(cases)} configurations: median error {median(sizes):.2%}, worst {sizes[-1]:.2%}")
+    say(f"\n{len(cases)} configurations: median error {median(sizes):.2%}, worst {sizes[-1]:.2%}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ class AccelerateEngine(Engine):
                     # DDP averages over ranks; the sum of all ranks over all targets is wanted.
                     self.accelerator.backward(loss * (self.world.size / targets))
             total += loss.detach()
-            del loss  # with it goes the graph, where bitsandbytes holds the inputs of int8 layers
         with clock("optimizer"):
             mean = float(self.sum(total)) / targets
             norm = self._clip()

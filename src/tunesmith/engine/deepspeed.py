@@ -60,7 +60,6 @@ class DeepSpeedEngine(Engine):
                 # DeepSpeed averages over ranks; the sum of all ranks over all targets is wanted.
                 self.engine.backward(loss * (self.world.size / targets), scale_wrt_gas=False)
             total += loss.detach()
-            del loss  # with it goes the graph, where bitsandbytes holds the inputs of int8 layers
         with clock("optimizer"):
             mean = float(self.sum(total)) / targets
             if not torch.isfinite(torch.tensor(mean)):

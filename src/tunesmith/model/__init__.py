@@ -135,6 +135,27 @@ def keep_nf4_in_training(module: nn.Module) -> None:
             layer.training = True
 
 
+def keep_no_int8_inputs(model: nn.Module) -> None:
+    """Let bitsandbytes' int8 layers forget their input when it has been multiplied.
+
+    bitsandbytes 0.50 hangs it at the node of the graph, where no checkpoint sees it and backward does not release it: all layers' inputs
+    live as long as the loss does. Only the gradient of a weight would read it, and these are frozen.
+    """
+
+    def forget(layer: nn.Module, _: object, y: torch.Tensor) -> None:
+        node: Any = y.grad_fn
+        if node is None or cast("nn.Parameter", layer.weight).requires_grad:
+            return
+        if hasattr(node, "tensors"):  # on a card
+            node.tensors = (*node.tensors[:-1], None)
+        elif not getattr(node, "is_empty", False):  # else backward makes zeros of its shape
+            node.A = None
+
+    for layer in model.modules():
+        if type(layer).__name__ == "Linear8bitLt":
+            layer.register_forward_hook(forget)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder; raises Refusal if there is none."""
     from transformers import AutoTokenizer
@@ -162,6 +183,7 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        keep_no_int8_inputs(model)
     if config.method.kind is not MethodKind.full:
         model = with_adapters(model, config)
         join_adapters(model)

@@ -27,11 +27,6 @@ class Linears(Tape):
         self.gradients: list[Block] = []
         self.waiting: Block | None = None
         """A tied head's gradient, until the embedding's comes."""
-        self.pinned: list[object] = []
-        """Inputs of bitsandbytes' int8 layers, whose nodes hold them where no checkpoint sees them, for as long as the loss lives; and what
-        those can be made from again, which hangs at the tensor (model/between.py)."""
-        self.pinned_again: list[object] = []
-        """Those of a layer that is computed again: that graph is gone when all of it has been."""
 
     def keep(self, gradient: Block) -> None:
         """A weight's gradient is there: kept, or added to what was there before."""
@@ -86,7 +81,7 @@ class Linears(Tape):
     def by_bitsandbytes(self, x: Value, outputs: int) -> Value:
         """x W^T by LLM.int8: of integers on a card, with W made whole in x's type on a CPU, where autocast casts both once more."""
         setting, rows, inputs, size = self.setting, x.rows, x.width, x.size
-        given, wanted = x.bytes, x.node is not None
+        given = x.bytes
         bytes = setting.compute if setting.autocast and setting.copies else given
         if setting.copies:
             buffers = [self.dequantised(inputs * outputs, given)]
@@ -96,8 +91,6 @@ class Linears(Tape):
             buffers = [self.block(rows * (inputs + 4 * outputs), "buffers")]
         y = self.block(rows * outputs * bytes)
         buffers.clear()
-        if wanted:
-            (self.pinned_again if self.again else self.pinned).append((x.block, x.again))
         self.heap.products += not self.stopped
         self.function(THEIRS)
 

@@ -54,10 +54,11 @@ def memory_gib(
     """
     deepspeed = config.engine.kind is EngineKind.deepspeed
     states = held_bytes(shape, config, world_size)
-    buffers = _constant_buffers(shape, config, world_size, cpu)
     grown = accumulated or deepspeed
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     parts = dict(replayed(shape, setting_of(shape, config, cpu=cpu, accumulates=grown), tokens, counted).at_peak)
+    busy = sum(parts.values())
+    buffers = _gathered(shape, config, world_size, cpu, busy) if config.engine.fsdp else _constant_buffers(shape, config, world_size, cpu)
     # These do not change while a micro-batch is computed, so the moment of the peak is the same with them.
     parts["weights"] += states["weights"]
     parts["gradients"] += states["gradients"] if grown else 0.0
@@ -122,13 +123,30 @@ def _constant_buffers(shape: ModelShape, config: Config, world_size: int, cpu: b
     buffers = 0.0
     if zero:
         buffers += min(trained, BUCKET) * trained_bytes * (1 if cpu else 2)  # one fills while the other travels
-    elif config.engine.fsdp:  # the layer at work and the next one, and embedding and head all the time
-        buffers += (2 * shape.weights_per_layer + shape.embedding_weights) * compute
     elif world_size > 1:
         buffers += trained * trained_bytes  # DDP's buckets hold a copy of all gradients
     if zero == 3 and world_size > 1:
         buffers += min(shape.total_weights, GATHERED) * compute
     return buffers
+
+
+def _gathered(shape: ModelShape, config: Config, world_size: int, cpu: bool, busy: float) -> float:
+    """Bytes of what FSDP2 has beside its pieces, where a micro-batch's own blocks are `busy` bytes at their peak.
+
+    Whole are the layer at work and the next one, and embedding and head from a forward to the end of its backward. Two moments have
+    little else, and are the peak where `busy` is less: the first gathering, from which embedding and head are cut, and the last
+    reduction, of their gradients as one tensor in fp32, which gloo copies on a CPU (as read in PyTorch 2.13's source).
+    """
+    compute, method, copies = BYTES[config.precision.compute], config.method, 2 if cpu else 1
+    trained, ends = shape.trained_weights(method), len(shape.trained_ends(method))
+    of_ends = shape.vocab * shape.hidden * (min(ends, 1) if shape.tied else ends)
+    learned = trained if method.kind in (MethodKind.prefix, MethodKind.prompt) else 0
+    adapters = (trained - of_ends) // len(shape.adapted_layers(method)) if method.kind is MethodKind.lora else 0
+    root, layer = (shape.embedding_weights + learned) * compute, (shape.weights_per_layer + adapters) * compute
+    whole = root + 2 * layer
+    last = (of_ends + learned) * (compute + 4 * copies + 4 / world_size) - whole
+    first = root * (1.0 if compute == 4 else 1 + 1 / world_size)  # in halves a rank's piece is cast before it goes
+    return whole + max(0.0, first - busy, last - busy)
 
 
 def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumulates: bool = True) -> Setting:

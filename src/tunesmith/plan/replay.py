@@ -280,7 +280,6 @@ class Step(Elementwise):
             self.again = self.stopped = False
             del scaled
             self.cast_weights.clear()
-            self.pinned_again.clear()
             return (self.backward(again, given.pop(), leaf),)
 
         return self.apply((x,), out.rows, out.width, out.bytes, run, block=out.block, trained=True)
