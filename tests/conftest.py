@@ -117,7 +117,11 @@ class Finished:
     def metrics(self) -> list[dict[str, float]]:
         from tunesmith.metrics import read_metrics
 
-        return read_metrics(self.run / "metrics.jsonl")
+        rows = read_metrics(self.run / "metrics.jsonl")
+        for row in rows:
+            if row.get("speed/hfu") is not None:
+                assert 0 < row["speed/mfu"] <= row["speed/hfu"] <= 1, f"more than there is: {row}"
+        return rows
 
     @property
     def world_size(self) -> int:

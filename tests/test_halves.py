@@ -19,6 +19,7 @@ from tunesmith.model.halves import LARGEST, Range, advice, widest
 from tunesmith.plan import PlanError, make_plan
 
 CPU = torch.device("cpu")
+T4 = Machine(kind="cuda", device_names=["Tesla T4"], memory_gib=[15.0], cores=8, ram_gib=64.0)
 
 
 def grown(folder: Path, part: str, factor: float) -> Path:
@@ -54,7 +55,7 @@ def test_inside_the_range_nothing_changes(tmp_path: Path) -> None:
 def test_the_layer_that_overflows_is_named_with_its_size(part: str, tmp_path: Path) -> None:
     """The same layer in fp32 says how far beyond it is."""
     folder = grown(tmp_path, part, 6e4)
-    _, module = built(folder)
+    config, module = built(folder)
     found = looked_at(module)
     assert found.overflows and found.name.endswith(f"layers.1.{part}.base_layer") and not found.is_input
     _, wide = built(folder, Compute.fp32)
@@ -63,7 +64,7 @@ def test_the_layer_that_overflows_is_named_with_its_size(part: str, tmp_path: Pa
     layer.register_forward_hook(lambda layer, inputs, output: seen.append(float(output.detach().abs().max())))
     wide(lay_out(examples(3), Batching.ragged))
     assert found.largest == pytest.approx(seen[0], rel=0.01) and seen[0] > LARGEST
-    assert f"gives {found.largest:,.0f}" in advice(found) and "type precision.fp32_layers=[layers.1]" in advice(found)
+    assert f"gives {found.largest:,.0f}" in advice(found, config) and "precision.fp32_layers=[layers.1], which" in advice(found, config)
 
 
 def test_a_product_before_a_layer_is_told_from_the_layer(tmp_path: Path) -> None:
@@ -73,10 +74,10 @@ def test_a_product_before_a_layer_is_told_from_the_layer(tmp_path: Path) -> None
     gate = model.model.layers[1].mlp.gate_proj.weight
     gate.data *= 2e3 / float(gate.data.abs().max())
     model.save_pretrained(folder)
-    _, module = built(folder)
+    config, module = built(folder)
     found = looked_at(module)
     assert found.is_input and found.largest == math.inf and "layers.1.mlp.down_proj" in found.name
-    assert "what " in advice(found) and "precision.fp32_layers=[layers.1]" in advice(found)
+    assert "what " in advice(found, config) and "precision.fp32_layers=[layers.1], which" in advice(found, config)
 
 
 @pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp.up_proj"])
@@ -108,6 +109,14 @@ def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
         built(folder, layers=("layers.7",))
 
 
+@pytest.mark.parametrize("words", [["engine=deepspeed"], ["engine=accelerate"], ["engine=deepspeed", "method=lora_int8"]], ids=" ".join)
+def test_what_is_advised_is_not_refused(words: list[str]) -> None:
+    typed = ["+exp=lora_t4", "precision=fp16", *words]
+    line = advice(Range("model.layers.1.mlp.down_proj", 1e5), compose(typed))
+    advised = line.partition("type ")[2].partition(", which")[0].split()
+    make_plan(compose([*typed, *advised]), T4, 1)
+
+
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
@@ -120,5 +129,5 @@ def test_where_it_cannot_be_honoured_the_plan_says_so(words: list[str], instead:
     config = compose(["+exp=lora_t4", "precision.fp32_layers=[layers.1]", *words])
     assert config.method.base in (Base.as_is, Base.int8)
     with pytest.raises(PlanError) as refused:
-        make_plan(config, Machine(kind="cuda", device_names=["Tesla T4"], memory_gib=[15.0], cores=8, ram_gib=64.0), 1)
+        make_plan(config, T4, 1)
     assert any(line.startswith("precision.fp32_layers=[layers.1]: ") and line.endswith(f"type {instead}") for line in refused.value.problems)

@@ -320,3 +320,24 @@ def test_a_card_takes_multiples_of_8(monkeypatch: pytest.MonkeyPatch, tiny_model
     monkeypatch.setattr(int8, "Int8Linear", lambda layer, device: layer)  # no card is here
     with pytest.raises(Refusal, match=r"precision.int8=dynamic: up_proj is 30 x 64, .* multiples of 8 — type precision.int8=bnb"):
         quantise_layers(model, torch.device("cuda"))
+
+
+def test_without_a_compiler_the_passes_are_pytorchs_own_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a card the passes around the matmul are torch.compile's; Triton or a C compiler may be missing there."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    int8._compiled.cache_clear()
+    torch._dynamo.reset()
+    x = torch.randn(5, 64)
+    try:
+        for _ in range(2):
+            found = int8._compiled(int8.quantised_by_torch)(x, None)
+    finally:
+        int8._compiled.cache_clear()
+        torch._dynamo.reset()
+    for one, wanted in zip(found, int8.quantised_by_torch(x, None), strict=True):
+        assert torch.equal(one, wanted)
+    (record,) = caplog.records
+    assert "quantised_by_torch is not compiled here" in record.getMessage()

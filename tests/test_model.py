@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tunesmith import matmul
 from tunesmith.compose import compose
-from tunesmith.config import Base, Batching, Config, MethodKind, Refusal
+from tunesmith.config import Base, Batching, Config, MethodKind, Model, Refusal
 from tunesmith.data.layout import Example, MicroBatch, Segment, lay_out
-from tunesmith.model import TargetLoss, build_model, for_generation, save_model
+from tunesmith.engine import build_engine
+from tunesmith.hardware import this_machine
+from tunesmith.model import TargetLoss, build_model, for_generation, keep_tiles, save_model
 from tunesmith.model.attention import WASTE, rectangles
-from tunesmith.model.source import check_source, model_folder
+from tunesmith.model.source import check_source, model_folder, original_folder
+from tunesmith.plan import make_plan
+from tunesmith.world import World
 
 CPU = torch.device("cpu")
 
@@ -268,6 +275,45 @@ def test_shared_beginnings_equal_separate_computation(tmp_path: Path) -> None:
         assert float((mine - wanted).norm() / wanted.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("high", [False, True], ids=["highest", "high"])
+def test_lora_with_all_that_is_fast_equals_plain_peft(high: bool, tmp_path: Path) -> None:
+    """A shared beginning, joined adapters, passes of C++, the loss in pieces, tiles: losses and gradients of PEFT and transformers alone."""
+    halves = matmul.library(" by bf16 halves")
+    if high and not halves.is_here():
+        pytest.skip("no AMX here")
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).save_pretrained(tmp_path)
+    config = config_for(tmp_path, kind=MethodKind.lora, r=8, alpha=16, dropout=0.0, targets=["all-linear"])
+    module = build_model(config, tmp_path, CPU)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    plain = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    ours, theirs = ({name.partition("base_model.")[2]: w for name, w in m.named_parameters() if w.requires_grad} for m in (module, plain))
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, weight in ours.items():  # at zero B would hide what A gets
+            theirs[name].copy_(weight.normal_(std=0.05) if "lora_B" in name else weight)
+    conversations = sharing_examples()
+    batch = lay_out(conversations, Batching.ragged)
+    assert len(batch.ids) < 0.6 * sum(len(example.ids) for example in conversations)
+    wanted = plain_loss(plain, conversations)
+    wanted.backward()
+    if high:
+        matmul.take(halves)
+    try:
+        if high:
+            keep_tiles(module.model)
+        loss = module(batch)
+        loss.backward()
+    finally:
+        matmul.give_back()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found, expected = (torch.cat([one[name].grad.flatten() for name in ours]) for one in (ours, theirs))
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    for name in ours:  # and each by itself
+        assert float((ours[name].grad - theirs[name].grad).norm() / theirs[name].grad.norm()) < (1e-4 if high else 1e-5), name
+
+
 def test_shared_beginnings_under_autocast(tmp_path: Path) -> None:
     """With fp32 weights rotary embedding leaves fp32 queries and keys beside values in halves: all come to the kernels in one type."""
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -301,3 +347,34 @@ def test_gradients_are_the_same_bits_with_two_threads(tmp_path: Path) -> None:
         assert len(found) == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both", "bin alone"])
+def test_a_model_of_bin_files_comes_from_the_hub_whole(both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fetched where there is nothing else, and not once more beside safetensors."""
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        there = ["config.json", "pytorch_model-00001-of-00001.bin", *(["model.safetensors"] if both else [])]
+        for file in there:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert original_folder(Model(path="owner/older-model")) == tmp_path
+    assert len(asked) == (1 if both else 2)
+    assert (tmp_path / "pytorch_model-00001-of-00001.bin").exists() is not both
+
+
+def test_a_trained_weight_in_halves_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Whatever library left it so: small updates vanish there."""
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(tmp_path)
+    config = config_for(tmp_path, kind=MethodKind.lora)
+    module = build_model(config, tmp_path, CPU)
+    plan = make_plan(config, this_machine(), 1)
+    weight = next(weight for name, weight in module.named_parameters() if "lora_A" in name)
+    weight.data = weight.data.half()
+    with pytest.raises(RuntimeError, match=r"1 trainable weights are not fp32 \(first: .*lora_A"):
+        build_engine(config, plan, World(), module, CPU)

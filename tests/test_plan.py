@@ -890,7 +890,7 @@ def test_what_fits_is_a_table() -> None:
     lines = text.splitlines()
     assert lines[0].startswith("What fits on 1 x Tesla T4: qwen2.5-7b in fp16")
     assert lines[1].split()[:4] == ["method", "engine", "512", "1,024"]
-    assert len(lines) == 3 + 4 * 2
+    assert len(lines) == 3 + 6 * 2
     assert set(lines[2].split()[3:]) == {"—"}, "7B in full is no matter for a T4"
     nf4 = next(line for line in lines if line.startswith("LoRA on nf4   ZeRO 0"))
     assert "/s" in nf4
@@ -898,6 +898,10 @@ def test_what_fits_is_a_table() -> None:
     assert all(fit.plan is None or fit.plan.memory_gib <= 14.56 for fit in found)
     with pytest.raises(PlanError, match="no known shape"):
         plan_text(config_of(model__known_as="gpt-2"), HERE, table=True)
+    start = perf_counter()
+    text = plan_text(config_of(**ON_A10, model__known_as="qwen2.5-1.5b"), A10S, table=True)
+    assert perf_counter() - start < 2, "also for four ranks and all stages of ZeRO"
+    assert "ZeRO 3, offload" in text
 
 
 def test_a_card_that_is_not_here_can_be_planned_for() -> None:

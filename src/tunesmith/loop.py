@@ -130,7 +130,7 @@ def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) ->
     batch = batches_of(config, plan, dataset).micro_batches(0, world.rank, world.size)[0]
     found = max(engine.gather(widest(engine.loss_module, batch)), key=lambda one: one.largest)
     if found.overflows:
-        raise Refusal(advice(found))
+        raise Refusal(advice(found, config))
     return f"fp16     largest value {found.largest:,.0f} of {LARGEST:,.0f}, at {found.name}"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tunesmith.config import Refusal
+from tunesmith.config import Base, Config, EngineKind, Int8, Refusal
 from tunesmith.model.adapters import inner_model
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def widest(module: TargetLoss, batch: MicroBatch) -> Range:
             return _clamped(output)
 
         yield part.register_forward_pre_hook(before)
-        yield part.register_forward_hook(after)
+        yield part.register_forward_hook(after, prepend=True)  # while the weight is here: ZeRO 3 lets go of it in a hook of its own
 
     handles = [handle for name, part in watched for handle in looked_at(name, part)]
     was_training = module.training
@@ -91,13 +91,18 @@ def _clamped(value: torch.Tensor) -> torch.Tensor:
     return value if value.dtype is torch.float32 else torch.nan_to_num(value, 0.0, LARGEST, -LARGEST)
 
 
-def advice(found: Range) -> str:
-    """The line for a run that would overflow: what, how far, and what to type."""
+def advice(found: Range, config: Config) -> str:
+    """The line for a run that would overflow: what, how far, and what to type, with this engine and base."""
     path = found.name.removeprefix("model.").partition("layers.")[2].split(".")
     layer = f"layers.{path[0]}" if path[0].isdigit() else found.name.rpartition(".")[2]
     what = f"what {found.name} reads" if found.is_input else f"{found.name} gives {found.largest:,.0f}, and that"
+    words = [f"precision.fp32_layers=[{layer}]"]
+    if config.engine.kind is EngineKind.deepspeed:
+        words.insert(0, "engine=accelerate")  # DeepSpeed turns every weight into halves
+    if config.method.base is Base.int8 and config.precision.int8 is Int8.bnb:
+        words.insert(0, "precision.int8=dynamic")  # bitsandbytes multiplies int8 layers in halves alone
     return (
-        f"precision.compute=fp16: {what} is beyond fp16's {LARGEST:,.0f} — type precision.fp32_layers=[{layer}], which computes that layer "
+        f"precision.compute=fp16: {what} is beyond fp16's {LARGEST:,.0f} — type {' '.join(words)}, which computes that layer "
         "in fp32, or precision=fp32"
     )
 

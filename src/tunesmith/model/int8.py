@@ -18,6 +18,7 @@ Layers that read the same X are one product: their weights lie one after the oth
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -250,4 +251,21 @@ def scaled_by_torch(sums: torch.Tensor, rows: torch.Tensor, columns: torch.Tenso
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    """As one kernel by torch.compile; where that cannot be made (no Triton, no C compiler), by PyTorch's operators, and a line says so."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    chosen = torch.compile(function, dynamic=True)
+
+    def call(*inputs: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*inputs)
+        except TorchDynamoException as error:
+            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            logging.getLogger(__name__).warning(
+                "precision.int8=dynamic: %s is not compiled here (%s); int8 may take longer than fp16 then", function.__name__, why
+            )
+            chosen = function
+            return function(*inputs)
+
+    return call

@@ -158,9 +158,13 @@ def _convert(gguf: Path, model: Model, folder: Path) -> None:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    # *.py is never run: it says which ChatGLM a folder is, and goes back beside weights that are saved in its layout.
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
     try:
-        # *.py is never run: it says which ChatGLM a folder is, and goes back beside weights that are saved in its layout.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):  # older models have nothing else; where both are, it is the same once more
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
+        return folder
     except Exception as error:  # no network, no such model, no permission: the hub's own words say which
         raise Refusal(
             f"model.path={name}: neither a folder here nor to be had from the hub — {_last_line(str(error))} — "

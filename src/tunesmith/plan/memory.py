@@ -26,8 +26,8 @@ CONTEXT_GIB = 0.45
 WORKSPACE_GIB = 0.03
 """cuBLAS workspaces, 8 MiB a handle and stream and 32 MiB on Hopper (PyTorch's CUDABlas.cpp), for two streams."""
 FRAGMENTS = 0.04
-"""Share of activations, logits and buffers that the caching allocator loses: it rounds to 512 bytes, 2 MiB and 20 MiB blocks, and
-blocks of one size do not serve another. Declared, not measured here."""
+"""Share of activations, logits and buffers, those of communication too, that the caching allocator loses: it rounds to 512 bytes, 2 MiB
+and 20 MiB blocks, and blocks of one size do not serve another. Declared, not measured here."""
 NCCL_GIB = 0.25
 """Channels' buffers of a communicator of several ranks: 4 MiB x 2 x its channels, up to 32; declared, not measured here."""
 PROCESS_GIB = 0.5
@@ -58,17 +58,18 @@ def memory_gib(
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     parts = dict(replayed(shape, setting_of(shape, config, cpu=cpu, accumulates=grown), tokens, counted).at_peak)
     busy = sum(parts.values())
-    buffers = _gathered(shape, config, world_size, cpu, busy) if config.engine.fsdp else _constant_buffers(shape, config, world_size, cpu)
+    sent = _gathered(shape, config, world_size, cpu, busy) if config.engine.fsdp else _buckets(shape, config, world_size, cpu)
     # These do not change while a micro-batch is computed, so the moment of the peak is the same with them.
     parts["weights"] += states["weights"]
     parts["gradients"] += states["gradients"] if grown else 0.0
     parts["optimizer"] += states["optimizer"]
-    parts["buffers"] += buffers
+    parts["communication"] = sent
     if cpu:
         parts["context"] = PROCESS_GIB * GIB
     else:
-        parts["context"] = (CONTEXT_GIB + WORKSPACE_GIB + (NCCL_GIB if world_size > 1 else 0)) * GIB
-        parts["context"] += FRAGMENTS * (parts["activations"] + parts["logits"] + parts["buffers"])
+        parts["context"] = (CONTEXT_GIB + WORKSPACE_GIB) * GIB
+        parts["communication"] += NCCL_GIB * GIB if world_size > 1 else 0
+        parts["fragments"] = FRAGMENTS * (parts["activations"] + parts["logits"] + parts["buffers"] + sent)
     return {name: size / GIB for name, size in parts.items()}
 
 
@@ -114,7 +115,7 @@ def tiles_gib(shape: ModelShape, config: Config, halves: bool) -> float:
     return 2 * size / GIB
 
 
-def _constant_buffers(shape: ModelShape, config: Config, world_size: int, cpu: bool) -> float:
+def _buckets(shape: ModelShape, config: Config, world_size: int, cpu: bool) -> float:
     """Bytes of what is held for communication all along."""
     compute, deepspeed = BYTES[config.precision.compute], config.engine.kind is EngineKind.deepspeed
     zero = config.engine.zero if deepspeed else 0

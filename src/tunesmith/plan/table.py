@@ -20,6 +20,8 @@ METHODS = (
     ("LoRA", {"method.kind": MethodKind.lora, "method.base": Base.as_is}),
     ("LoRA on int8", {"method.kind": MethodKind.lora, "method.base": Base.int8}),
     ("LoRA on nf4", {"method.kind": MethodKind.lora, "method.base": Base.nf4}),
+    ("prefix", {"method.kind": MethodKind.prefix, "method.base": Base.as_is}),
+    ("prompt", {"method.kind": MethodKind.prompt, "method.base": Base.as_is}),
 )
 
 

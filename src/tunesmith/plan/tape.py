@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "context")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "communication", "context", "fragments")
+"""buffers: what a matmul needs besides, dequantised and cast weights above all; the last three only the plan adds (memory.py)."""
 
 
 class Heap:
