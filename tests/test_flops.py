@@ -217,7 +217,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "alora of some": {"r": 4, "alora": True, "first_layer": 1, "targets": ["v_proj"]},
     "prefix": {"kind": MethodKind.prefix, "virtual_tokens": 7},
     "prompt": {"kind": MethodKind.prompt, "virtual_tokens": 7},
-    "lora on nf4": {"r": 4, "base": Base.nf4},
     "lora on int8": {"r": 4, "base": Base.int8},
 }
 

@@ -55,7 +55,7 @@ def test_the_plan_counts_pieces() -> None:
     whole = {"weights": 0, "gradients": 4 * shape.embedding_weights, "optimizer": 0}
     for name, size in (("weights", 4), ("gradients", 4), ("optimizer", 8)):
         assert parts[name] == pytest.approx((shape.total_weights * size / ranks + whole[name]) / GIB)
-    assert parts["communication"] >= (2 * shape.weights_per_layer + shape.embedding_weights) * 4 / GIB
+    assert parts["buckets"] >= (2 * shape.weights_per_layer + shape.embedding_weights) * 4 / GIB
     assert "FSDP2" in describe(make_plan(config_of(**FSDP), HERE, 2))
 
 

@@ -214,8 +214,8 @@ class Engine:
     """Rotary embedding, and in full training norms and SwiGLU, by Liger's kernels: auto takes them where liger-kernel is installed and the
     card's compute capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
     fit: bool = False
-    """Let the plan choose zero, offload and checkpointing, or with Accelerate fsdp and checkpointing: the fastest that fits, which it then
-    names. What is set of them is ignored."""
+    """Let the plan choose zero, offload and checkpointing (no, every second or every layer), or with Accelerate fsdp and checkpointing: the
+    fastest that fits, which it then names. What is set of them is ignored."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 

@@ -254,8 +254,8 @@ def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callabl
 
 
 def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
-    """What engine.fit chooses from, the thriftiest with memory last: ZeRO's stages and offload, or DDP and FSDP2, each with recomputation
-    and without; of these, what can be with the other settings."""
+    """What engine.fit chooses from, the thriftiest with memory last: ZeRO's stages and offload, or DDP and FSDP2, each without
+    recomputation, with every second layer recomputed, and with all; of these, what can be with the other settings."""
     own = "engine.zero" if config.engine.kind is EngineKind.deepspeed else "engine.fsdp"
     whole = {own: 0 if own == "engine.zero" else False, "engine.offload": False}
     split: list[dict[str, Any]]
@@ -270,9 +270,8 @@ def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
     for place in ({}, *split):
         if not goes_with(least, place, world_size):
             continue
-        for checkpointing in (False, True):
-            every = config.engine.checkpoint_every if checkpointing else 1
-            yield {**whole, **place, "engine.checkpointing": checkpointing, "engine.checkpoint_every": every}
+        for every in (0, 2, 1):
+            yield {**whole, **place, "engine.checkpointing": every > 0, "engine.checkpoint_every": max(1, every)}
 
 
 def _plan(

@@ -437,16 +437,19 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
 
     possible = [(words, changes) for fits, words, changes in remedies if fits]
     found: list[tuple[tuple[str, ...], float]] = []
+    roomier: list[tuple[tuple[str, ...], float]] = []  # where less is enough: they leave room for more tokens
     for count in (1, 2, 3):
         for chosen in combinations(possible, count):
             words = tuple(word for word, _ in chosen)
             paths = [path for _, changes in chosen for path in changes]
-            if len(set(paths)) < len(paths) or any(set(fewer) <= set(words) for fewer, _ in found):
-                continue  # it says a thing twice, or less is enough
-            if (gib := after(changes for _, changes in chosen)) <= limit_gib:
-                found.append((words, gib))
+            if len(set(paths)) < len(paths):
+                continue  # it says a thing twice
+            enough = any(set(fewer) <= set(words) for fewer, _ in found)
+            if (not enough or count == 2) and (gib := after(changes for _, changes in chosen)) <= limit_gib:
+                (roomier if enough else found).append((words, gib))
         if len(found) >= 3:
             break
+    found += roomier
     advice = ", or ".join(f"{' '.join(words)} ({gib:.1f} GiB)" for words, gib in found[:3])
     if not advice:
         least = min((after([changes]) for _, changes in possible), default=size_gib)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from tunesmith.config import Base, Method, MethodKind
@@ -111,10 +112,11 @@ def step_flops(
     first = method.first_layer if method.kind is MethodKind.lora else 0
     lowest = 0 if embedding else first
     adapted = shape.adapted_layers(method)
-    layers = [
-        _layer(shape, method, adapted=number in adapted, input_gradient=embedding or number > lowest, gathered=gathered, in_int8=in_int8)
-        for number in range(shape.layers)
-    ]
+    kinds = {
+        kind: _layer(shape, method, adapted=kind[0], input_gradient=kind[1], gathered=gathered, in_int8=in_int8)
+        for kind in product((False, True), repeat=2)
+    }
+    layers = [kinds[number in adapted, embedding or number > lowest] for number in range(shape.layers)]
     again = layers[lowest::checkpoint_every] if checkpointing else []
     per_score = 2 * shape.query_width  # one matmul over one score, all heads
     per_logit = 2 * shape.vocab * shape.hidden * (3 if "lm_head" in trained_ends else 2)  # the third: the head's own gradient

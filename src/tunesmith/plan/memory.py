@@ -63,13 +63,13 @@ def memory_gib(
     parts["weights"] += states["weights"]
     parts["gradients"] += states["gradients"] if grown else 0.0
     parts["optimizer"] += states["optimizer"]
-    parts["communication"] = sent
+    parts["buckets"] = sent
     if cpu:
         parts["context"] = PROCESS_GIB * GIB
     else:
         parts["context"] = (CONTEXT_GIB + WORKSPACE_GIB) * GIB
-        parts["communication"] += NCCL_GIB * GIB if world_size > 1 else 0
-        parts["fragments"] = FRAGMENTS * (parts["activations"] + parts["logits"] + parts["buffers"] + sent)
+        parts["buckets"] += NCCL_GIB * GIB if world_size > 1 else 0
+        parts["holes"] = FRAGMENTS * (parts["activations"] + parts["logits"] + parts["buffers"] + sent)
     return {name: size / GIB for name, size in parts.items()}
 
 

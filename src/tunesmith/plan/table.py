@@ -86,6 +86,8 @@ def fits(config: Config, machine: Machine, world: int, local: int = 0, model_fol
     for method, changes in METHODS:
         engines: dict[str, list[dict[str, Any]]] = {}
         for choice in engine_choices(changed(config, changes), world):
+            if choice["engine.checkpoint_every"] > 1:
+                continue  # between the other two in memory and in speed
             engines.setdefault(_split_words(changed(config, choice), world), []).append(choice)
         for words, choices in engines.items():
             still = True

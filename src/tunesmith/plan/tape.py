@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "communication", "context", "fragments")
-"""buffers: what a matmul needs besides, dequantised and cast weights above all; the last three only the plan adds (memory.py)."""
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "buckets", "context", "holes")
+"""buffers: what a matmul needs besides, dequantised and cast weights above all. The last three only the plan adds (memory.py); buckets are
+what goes to other ranks or comes from them, holes what the allocator cannot use."""
 
 
 class Heap:
