@@ -2,7 +2,7 @@
 
     python -m bench.pace               a line each, then the median, the worst and how many are within 20 %
     python -m bench.pace --passes 3    the whole grid so many times: the median of each one's errors, beside how far its own times lie apart
-    python -m bench.pace --fit         and the constants of plan/pace.py, by least squares over every second configuration
+    python -m bench.pace --fit         and the constants of plan/pace.py, by least squares over two of every four configurations
 
 Beside that grid stand the steps of bench/roofline.py, whose models have the sizes that people train. The peak of a matmul and the machine's
 overheads are measured anew next to each configuration, by the threads that torch takes: a machine that others use too is a third faster or
@@ -102,13 +102,14 @@ NOTHING = Speed(**{field.name: inf if field.name.endswith(("share", "per_s")) el
 """A CPU to which everything is free."""
 FITTED: tuple[tuple[str, Compute | None], ...] = (
     ("matmul_share", Compute.bf16), ("attention_share", Compute.fp32), ("attention_share", Compute.bf16), ("product_s", Compute.fp32),
-    ("product_s", Compute.bf16), ("bytes_per_s", None), ("operator_s", None), ("function_s", None), ("random_s", None),
+    ("product_s", Compute.bf16), ("row_s", Compute.fp32), ("row_s", Compute.bf16), ("bytes_per_s", None), ("operator_s", None),
+    ("function_s", None), ("layer_s", None), ("random_s", None), ("unpacked_s", None),
 )  # fmt: skip
 """What is found by least squares, for one type or for all; fp32's share of matmuls and that over shared keys are set."""
 
 
 def fit(steps: list[Measured]) -> None:
-    """Print what plan/pace.py declares for a CPU, but for what is set there: relative errors of every second step least."""
+    """Print what plan/pace.py declares for a CPU, but for what is set there: relative errors of two of every four steps least."""
 
     def part(step: Measured, name: str, compute: Compute | None) -> float:
         """Of the step's seconds, what comes with one constant, at 1."""
@@ -116,7 +117,7 @@ def fit(steps: list[Measured]) -> None:
             return 0.0
         cpu = step.pace.overheads
         unit = {"bytes_per_s": cpu.bytes_per_s, "operator_s": cpu.operator_s, "function_s": cpu.function_s, "random_s": cpu.random_s}
-        unit["product_s"] = cpu.operator_s
+        unit |= {"product_s": cpu.operator_s, "row_s": cpu.operator_s, "layer_s": cpu.operator_s, "unpacked_s": cpu.random_s}
         return seconds(step.case, step.peak, replace(NOTHING, **{name: unit.get(name, 1.0)})) / step.seconds
 
     def known_part(step: Measured) -> float:
@@ -125,17 +126,18 @@ def fit(steps: list[Measured]) -> None:
         return seconds(step.case, step.peak, replace(NOTHING, matmul_share=matmul, context_share=CPU_CONTEXT[compute])) / step.seconds
 
     parts, known = np.array([[part(step, *name) for name in FITTED] for step in steps]), np.array([known_part(step) for step in steps])
+    half = np.arange(len(steps)) // 2 % 2 == 0  # of the grid's neighbours one is recomputed and one is not
     free = np.full(len(FITTED), True)
     while True:  # what would be below nothing is nothing
         found = np.zeros(len(FITTED))
-        found[free], *_ = np.linalg.lstsq(parts[::2, free], 1 - known[::2], rcond=None)
+        found[free], *_ = np.linalg.lstsq(parts[half][:, free], 1 - known[half], rcond=None)
         if (found >= 0).all():
             break
         free &= found > 0
     for (name, compute), value in zip(FITTED, found, strict=True):
         value = 1 / value if value and name.endswith(("share", "per_s")) else value
         print(f"{name}{f' in {compute.value}' if compute else ''}: {value:.3g}")
-    errors = np.abs(parts[1::2] @ found + known[1::2] - 1)
+    errors = np.abs(parts[~half] @ found + known[~half] - 1)
     within = (errors <= WITHIN).sum()
     print(f"the other half: median {np.median(errors):.1%}, worst {errors.max():.1%}, {within} of {len(errors)} within {WITHIN:.0%}")
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from tunesmith.plan.linears import Linears
 from tunesmith.plan.tape import Block, Gradients, Value
 
+GLM_FORWARD, GLM_BACKWARD = 5, 9
+"""Operators of transformers' rotary embedding for GLM that leave no block of their own here: slices of a head, every second number of it,
+cosines repeated for neighbours; and in backward tensors of zeros that a slice's gradient goes into."""
+
 
 class Elementwise(Linears):
     """A tape that knows them too."""
@@ -192,6 +196,7 @@ class Elementwise(Linears):
 
             return self.apply((x,), x.rows, x.width, x.bytes, run_natively)
         full, given = x.rows * x.width * bytes, x.size
+        self.heap.blocks += GLM_FORWARD * self.shape.fused
         cosine = self.block(full)
         half = self.block(given / 2)
         turned = self.block(given)
@@ -200,6 +205,7 @@ class Elementwise(Linears):
         del turned
 
         def run(_: list[Block], saved: Block = self.angles) -> Gradients:
+            self.heap.blocks += GLM_BACKWARD * self.shape.fused
             of_sine = self.block(given)
             half = self.block(given / 2)
             first, second = self.block(given), self.block(given)  # each half's gradient in a tensor of zeros

@@ -59,9 +59,11 @@ class Linears(Tape):
         size = x.size
         self.heap.products += not self.stopped
         self.function(THEIRS * bool(quantised))
+        self.heap.unpacked += inputs * outputs * bool(quantised and not self.stopped)
 
         def run(_: list[Block], saved: object = saved) -> Gradients:
             self.function(THEIRS * bool(quantised))
+            self.heap.unpacked += inputs * outputs * bool(quantised)
             self.heap.products += wanted + trained
             dequantised = self.block(inputs * outputs * bytes, "buffers") if quantised else None
             gradient = self.block(size) if wanted else None
@@ -267,6 +269,7 @@ class Linears(Tape):
         weight: Block | None = None
         if setting.quantised:
             weight = self.block(inputs * outputs * setting.compute, "buffers")
+            self.heap.unpacked += inputs * outputs
         if (setting.compute if setting.quantised else setting.linear) != x.bytes:
             weight = self.block(inputs * outputs * x.bytes, "buffers")
         scaled = self.block(inputs * outputs * x.bytes, "buffers")

@@ -32,6 +32,8 @@ class Speed:
     """Of the peak, over the scores of fused attention."""
     context_share: float
     """Of the peak, over scores of keys that conversations share."""
+    row_s: float
+    """Attention beside its FLOPs, of one query of one head, there or back: a softmax, and conversations that are short."""
     product_s: float
     """Time that a matmul takes besides: on a CPU a kernel's start; a card's is in operator_s."""
     bytes_per_s: float
@@ -40,8 +42,12 @@ class Speed:
     """Host time of one operator: on a CPU added to its work, on a card hidden as long as the card has enough to do."""
     function_s: float
     """Host time of an autograd function in Python, beside the operators in it."""
+    layer_s: float
+    """Host time of a layer that is computed again, beside its work."""
     random_s: float
     """One number of a dropout mask."""
+    unpacked_s: float
+    """One number of an NF4 weight that is dequantised, beside the memory it goes through."""
     link_bytes_per_s: float
     """Between ranks, one way."""
     host_bytes_per_s: float
@@ -52,19 +58,22 @@ class Speed:
 # AMX (2026-11-30). fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
 # 2048 x 2048. That of halves is low, as AMX's peak is far above what bringing matrices into its layout allows. Small matmuls pay for their
 # kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
-CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.12, Compute.fp16: 0.12}
-CPU_ATTENTION = {Compute.fp32: 0.25, Compute.bf16: 0.06, Compute.fp16: 0.06}
+CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.145, Compute.fp16: 0.145}
+CPU_ATTENTION = {Compute.fp32: 0.33, Compute.bf16: 0.5, Compute.fp16: 0.5}
 CPU_CONTEXT = {Compute.fp32: 0.42, Compute.bf16: 0.17, Compute.fp16: 0.17}
 """In fp32 by plain matmuls, which were measured alone (docs/log.md: 256 queries over 3,061 keys in 11 ms and back in 15)."""
 TILES_CONTEXT, TILES_CAUSAL = 0.55, 0.45
 """By bf16 halves, of their own peak: to a context measured alone 0.6 forward and 0.8 back (docs/log.md), less beside other programs; causal
 0.6 to 0.75 for 400 and 1,500 tokens, less for fewer."""
-CPU_PRODUCT = {Compute.fp32: 3.3, Compute.bf16: 18.0, Compute.fp16: 18.0}
-"""Of operator_s."""
-CPU_BANDWIDTH = 0.8
-CPU_OPERATOR = 3.8
-CPU_FUNCTION = 13.4
-CPU_RANDOM = 0.8
+CPU_PRODUCT = {Compute.fp32: 6.9, Compute.bf16: 22.5, Compute.fp16: 22.5}
+CPU_ROW = {Compute.fp32: 0.021, Compute.bf16: 0.108, Compute.fp16: 0.108}
+CPU_LAYER = 205.0
+"""These four of operator_s; a layer that is computed again goes through a hook in Python for each tensor that it keeps."""
+CPU_BANDWIDTH = 0.575
+CPU_OPERATOR = 2.56
+CPU_FUNCTION = 15.4
+CPU_RANDOM, CPU_UNPACKED = 0.89, 1.08
+"""Both of random_s."""
 CPU_INT8, TILES_INT8 = 4.0, 7.0
 """How many times as fast as fp32 matmuls those of int8 are: 64 numbers an instruction with AVX-512 VNNI and not 16; 2,000 and 490 GOPS were
 measured on an AMD EPYC, 2,000 to 3,700 and 400 here. By AMX from weights in tiles 2,200 to 2,700 with all that follows, and 310 to 400."""
@@ -95,14 +104,16 @@ def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = 
     if card is None:
         cpu = overheads or TYPICAL
         return Speed(
-            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_CONTEXT[compute], CPU_PRODUCT[compute] * cpu.operator_s,
-            CPU_BANDWIDTH * cpu.bytes_per_s,
-            CPU_OPERATOR * cpu.operator_s, CPU_FUNCTION * cpu.function_s, CPU_RANDOM * cpu.random_s,
+            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_CONTEXT[compute], CPU_ROW[compute] * cpu.operator_s,
+            CPU_PRODUCT[compute] * cpu.operator_s, CPU_BANDWIDTH * cpu.bytes_per_s,
+            CPU_OPERATOR * cpu.operator_s, CPU_FUNCTION * cpu.function_s, CPU_LAYER * cpu.operator_s,
+            CPU_RANDOM * cpu.random_s, CPU_UNPACKED * cpu.random_s,
             CPU_LINK, MAIN_MEMORY,
         )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
-    return Speed(share, share, share, 0.0, card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE, LAUNCH_S, FUNCTION_S, 0.0, link, host)
+    bandwidth = card.bandwidth_gb_per_s * 1e9 * BANDWIDTH_SHARE
+    return Speed(share, share, share, 0.0, 0.0, bandwidth, LAUNCH_S, FUNCTION_S, 0.0, 0.0, 0.0, link, host)
 
 
 def step_seconds(
@@ -135,15 +146,20 @@ def step_seconds(
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
+    lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
     own = card.peak_of(config.precision.multiplied) if card else None
     times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else (TILES_INT8 if tiles else CPU_INT8) / gain
     linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
     context_share = TILES_CONTEXT if gain > 1 else speed.context_share
     attention = work.attention / (TILES_CAUSAL if gain > 1 else speed.attention_share) + work.over_context / context_share
     matmul = linear / speed.matmul_share + attention
-    matmul = matmul / peak_flops + accumulation * step.products * speed.product_s
-    memory = accumulation * ((1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s)
-    host = accumulation * (step.operators * speed.operator_s + step.functions * speed.function_s)
+    again = range(lowest, shape.layers, config.engine.checkpoint_every) if config.engine.checkpointing else ()
+    passes = 2 * shape.layers - lowest + len(again)
+    rows = tokens * shape.heads * passes * (2 if work.over_context else 1)
+    matmul = matmul / peak_flops + accumulation * (step.products * speed.product_s + rows * speed.row_s)
+    memory = (1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s + step.unpacked * speed.unpacked_s
+    memory *= accumulation
+    host = accumulation * (step.operators * speed.operator_s + step.functions * speed.function_s + len(again) * speed.layer_s)
     if card:
         host = max(0.0, host - matmul - memory)  # what the card waits for
     deepspeed, zero = config.engine.kind is EngineKind.deepspeed, config.engine.zero

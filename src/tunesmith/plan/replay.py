@@ -427,6 +427,8 @@ class Replayed:
     """Matmuls of linear layers and of the head."""
     random: float
     """Numbers drawn for dropout."""
+    unpacked: float
+    """Numbers of NF4 weights that are dequantised."""
 
 
 @lru_cache(maxsize=4096)
@@ -434,4 +436,4 @@ def replayed(shape: ModelShape, setting: Setting, tokens: int, targets: int) -> 
     """Replay a micro-batch of `tokens` tokens and `targets` logits; some milliseconds, and none the second time."""
     heap = Heap()
     Step(heap, shape, setting, tokens, targets)
-    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.functions, heap.products, heap.random)
+    return Replayed(tuple(heap.at_peak.items()), heap.written, heap.blocks, heap.functions, heap.products, heap.random, heap.unpacked)

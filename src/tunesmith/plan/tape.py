@@ -15,8 +15,8 @@ class Heap:
 
     def __init__(self) -> None:
         self.live = dict.fromkeys(PARTS, 0.0)
-        self.total = self.peak = self.written = self.random = 0.0
-        """random: numbers drawn for dropout."""
+        self.total = self.peak = self.written = self.random = self.unpacked = 0.0
+        """random: numbers drawn for dropout; unpacked: of weights, from 4 bits."""
         self.blocks = self.products = 0
         self.functions = 0.0
         """functions: autograd functions that are written in Python, called or gone back through."""
