@@ -49,10 +49,7 @@ SETS = {
     one.name: one
     for one in (
         Set("short", 8, 2, 32, ({"micro_batch": 8, **PADDED}, {"micro_batch": 4, **PADDED}, {"micro_batch": 8, **FREE})),
-        Set(
-            "medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE}),
-            {"tunesmith fp32, 2 in a micro-batch": ["train.micro_batch=2"]},
-        ),
+        Set("medium", 8, 1, 16, ({"micro_batch": 4, **PADDED}, {"micro_batch": 2, **PADDED}, {"micro_batch": 4, **FREE})),
         Set(
             "long", 32, 1, 8, ({"micro_batch": 1, **PADDED}, {"micro_batch": 4, **PADDED}),
             # Sides stand with all their memory while another one trains: more rows than these and 23 GiB are not enough.
