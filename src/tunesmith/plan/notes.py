@@ -61,6 +61,7 @@ def notes(config: Config, plan: Plan, tokens: int, longest: int, on_cpu: bool) -
         yield "method.cache_frozen=true: the run is one epoch at most, and nothing is read again — type method.cache_frozen=false"
     if multiplies_int8(config):
         yield f"precision.int8=dynamic: MFU and HFU divide by the peak of {config.precision.multiplied}, so they may pass 100 %"
+        yield "precision.int8=dynamic: learns a little less; the demo's slot F1 was 3 points lower (docs/engines.md)"
         if on_cpu and config.precision.compute is not Compute.fp32:
             yield "precision.int8=dynamic: the quick passes on a CPU are for fp32 — type precision=fp32"
     if config.precision.matmul is Matmul.high and config.precision.compute is not Compute.fp32 and not config.precision.fp32_layers:
