@@ -16,7 +16,7 @@ import argparse
 import gc
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -43,8 +43,8 @@ FAMILIES = {
 GLM = ModelShape("glm", 3, 128, 4, 2, 32, 352, 3000, 1024, qkv_bias=True, fused=True)
 BATCHES = ((64, 1, 0.5), (128, 4, 0.1), (512, 1, 0.9), (256, 2, 0.02), (96, 8, 0.3), (512, 2, 0.05), (192, 3, 0.6))
 """(tokens of a conversation, conversations, share of targets)."""
-SENT = 4
-"""Steps of several ranks, of which the least peak counts: gloo's thread lets go of what it has sent sooner or later."""
+STEPS_OF_RANKS = 4
+"""Measured with several ranks; the least of their peaks counts: gloo's thread lets go of what it has sent sooner or later."""
 PREFIX, PROMPT = ("method.kind", MethodKind.prefix), ("method.kind", MethodKind.prompt)
 MORE: tuple[tuple[tuple[str, Any], ...], ...] = (
     (PREFIX,),
@@ -174,7 +174,6 @@ def measured(case: Case, folder: Path, world: World = ALONE) -> int:
     """Bytes at the highest point of a step's ledger; the model is made in `folder` if it is not there."""
     import torch
     from torch.distributed.tensor import DTensor
-    from torch.profiler import ProfilerActivity, profile
 
     module = module_of(case, folder)
     batches = [batch_of(case, seed) for seed in range(case.accumulation)]
@@ -199,16 +198,21 @@ def measured(case: Case, folder: Path, world: World = ALONE) -> int:
         states = [value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*module.parameters(), *module.buffers(), *scales(module), *states)]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    peaks = []
-    for _ in range(1 if world.size == 1 else SENT):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
-            step()
-        live = peak = 0
-        for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
-            live += size
-            peak = max(peak, live)
-        peaks.append(peak)
+    peaks = [peak_of(step) for _ in range(1 if world.size == 1 else STEPS_OF_RANKS)]
     return int(sum(held.values()) + min(peaks))
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """The most bytes that a step has beside what was there before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
+        step()
+    live = peak = 0
+    for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
+        live += size
+        peak = max(peak, live)
+    return peak
 
 
 def module_of(case: Case, folder: Path) -> Any:

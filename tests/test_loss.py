@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from bench.memory import entries
+from bench.memory import peak_of
 from tests.test_flops import LLAMA, QWEN2, QWEN3, model_of
 from tests.test_model import config_for
 from tunesmith.config import Batching, MethodKind
@@ -70,17 +68,6 @@ def gradients(head: nn.Linear, x: torch.Tensor, of_loss: torch.Tensor) -> list[t
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def peak_of(step: Callable[[], Any]) -> int:
-    """The most bytes that a step has beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as ledger:
-        step()
-    live = highest = 0
-    for _, size in sorted(entries(ledger), key=lambda entry: entry[0]):
-        live += size
-        highest = max(highest, live)
-    return highest
 
 
 @pytest.mark.parametrize("positions", [1, 40, 101])

@@ -68,7 +68,7 @@ TILES_CONTEXT, TILES_CAUSAL = 0.55, 0.45
 CPU_PRODUCT = {Compute.fp32: 6.9, Compute.bf16: 22.5, Compute.fp16: 22.5}
 CPU_ROW = {Compute.fp32: 0.021, Compute.bf16: 0.108, Compute.fp16: 0.108}
 CPU_LAYER = 205.0
-"""These four of operator_s; a layer that is computed again goes through a hook in Python for each tensor that it keeps."""
+"""These three, and CPU_OPERATOR, of operator_s. A layer that is computed again goes through a hook in Python for each tensor it keeps."""
 CPU_BANDWIDTH = 0.575
 CPU_OPERATOR = 2.56
 CPU_FUNCTION = 15.4
@@ -145,8 +145,8 @@ def step_seconds(
     speed = speed or speed_of(card, config.precision.compute, overheads)
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
-    in_int8 = _int8_flops(shape, config, accumulation * tokens) if multiplies_int8(config) else 0.0
     lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
+    in_int8 = _int8_flops(shape, config, lowest, accumulation * tokens) if multiplies_int8(config) else 0.0
     own = card.peak_of(config.precision.multiplied) if card else None
     times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else (TILES_INT8 if tiles else CPU_INT8) / gain
     linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
@@ -176,9 +176,8 @@ def step_seconds(
     return {"matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": waited}
 
 
-def _int8_flops(shape: ModelShape, config: Config, tokens: int) -> float:
-    """FLOPs of `tokens` tokens in frozen layers that are multiplied in int8 (precision.int8=dynamic)."""
-    lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
+def _int8_flops(shape: ModelShape, config: Config, lowest: int, tokens: int) -> float:
+    """FLOPs of `tokens` tokens in frozen layers that are multiplied in int8 (precision.int8=dynamic); lowest: the lowest trained layer."""
     uses = shape.layers + (shape.layers - lowest) * (2 if config.engine.checkpointing else 1)
     return 2.0 * shape.matmul_weights_per_layer * uses * tokens
 
