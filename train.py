@@ -67,7 +67,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         micro_limit=folder.restarts.micro_batch, kept=folder.fitted(),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
-    config = plan.config  # with engine.fit what the plan has chosen
+    config = plan.config  # with what the plan has chosen
     failing.append(folder)
     known = [*doctor.explain(config, machine), *loop.data_notes(config, plan, dataset), *folder.restarts.lines()]
     folder.say("\n".join([describe(plan), *known]))

@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind
+from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, MethodKind, changed
 from tunesmith.plan import step_flops
-from tunesmith.plan.checks import changed
 from tunesmith.plan.flops import Flops
 from tunesmith.plan.memory import GIB, memory_gib
 from tunesmith.plan.shapes import ModelShape

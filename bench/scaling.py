@@ -17,10 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
+from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind, changed
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import Plan, PlanError, make_plan
-from tunesmith.plan.checks import changed
 from tunesmith.plan.network import Traffic, network_bytes_per_s, traffic
 from tunesmith.plan.pace import speed_of
 

@@ -13,8 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from launcher.sweep import parsed
 from tunesmith.compose import choices
-from tunesmith.config import Config, Refusal
-from tunesmith.plan.checks import leaves
+from tunesmith.config import Config, Refusal, leaves
 
 MOST_CORNERS = 24
 

@@ -133,7 +133,9 @@ ONE_MISTAKE = {
     "part of a value": ("optim.lr.peak=1", "override optim.lr.peak=1: optim.lr is a single value and has no part 'peak'"),
     "text for a number": ("optim.lr=fast", "override optim.lr=fast: optim.lr: 'fast' is not a number"),
     "fraction for a whole number": ("train.steps=2.5", "override train.steps=2.5: train.steps: 2.5 is not a whole number"),
-    "word for a switch": ("engine.offload=maybe", "override engine.offload=maybe: engine.offload: 'maybe' is not true or false"),
+    "word for a switch": ("method.dora=maybe", "override method.dora=maybe: method.dora: 'maybe' is not true or false"),
+    "word for a switch or auto": ("engine.offload=maybe", "engine.offload: 'maybe' is not true or false, and not auto"),
+    "word for a number or auto": ("engine.zero=most", "engine.zero: 'most' is not a whole number, and not auto"),
     "nothing": ("data.system=null", "override data.system=null: data.system: None is not text"),
     "word for a list": ("method.targets=q_proj", "override method.targets=q_proj: method.targets: 'q_proj' is not a list [a,b]"),
     "value for a section": ("optim=5", "override optim=5: optim is a section, not a value — write optim.KEY=..., KEY one of name, lr, "),
@@ -164,9 +166,9 @@ def test_an_unknown_experiment_is_explained() -> None:
 
 
 def test_several_mistakes_are_told_at_once() -> None:
-    lines = refusal_of("+exp=lora_cp", "optim.lrr=1", "train.steps=many", "method=x")
+    lines = refusal_of("+exp=lora_cp", "optim.lrr=1", "train.steps=many", "engine.fsdp=some", "method=x")
     assert [line.split(": ")[0] for line in lines] == [
-        "override +exp=lora_cp", "override optim.lrr=1", "override train.steps=many", "override method=x",
+        "override +exp=lora_cp", "override optim.lrr=1", "override train.steps=many", "override engine.fsdp=some", "override method=x",
     ]  # fmt: skip
 
 

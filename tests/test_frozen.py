@@ -23,7 +23,7 @@ from tests.test_flops import KERNELS
 from tests.test_methods import stir, trained
 from tests.test_model import CPU, config_for, examples, sharing_examples
 from tests.test_plan import A10S, HERE, config_of
-from tunesmith.config import Base, Batching, Compute, MethodKind, Refusal
+from tunesmith.config import Base, Batching, Compute, MethodKind, Refusal, changed
 from tunesmith.data.batches import Batches, held_out_batches
 from tunesmith.data.examples import ListedExamples
 from tunesmith.data.layout import Example, MicroBatch
@@ -31,7 +31,6 @@ from tunesmith.data.prefixes import Beginnings
 from tunesmith.model import FrozenStates, TargetLoss, build_model, decoder_layers
 from tunesmith.model.frozen import RECORD, STATES, _runs
 from tunesmith.plan import Counts, above_frozen, beside, describe, make_plan, problems, run_id, shape_of, step_flops
-from tunesmith.plan.checks import changed
 from tunesmith.run import RunFolder
 from tunesmith.world import World
 

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tunesmith.config import Base, Batching, Compute, Config, EngineKind, Int8, Matmul, MethodKind, OptimizerKind, Refusal
+from tunesmith.config import AUTO, Base, Batching, Compute, Config, EngineKind, Int8, Matmul, MethodKind, OptimizerKind, Refusal, changed
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import (
     Counts,
@@ -41,7 +41,6 @@ from tunesmith.plan import (
     step_flops,
     trained_weights,
 )
-from tunesmith.plan.checks import changed
 from tunesmith.plan.memory import FRAGMENTS, GIB, held_bytes, setting_of
 from tunesmith.plan.replay import replayed
 from tunesmith.plan.shapes import KNOWN, ModelShape
@@ -832,6 +831,26 @@ def test_the_plan_chooses_the_fastest_that_fits() -> None:
         other = changed(config, {"engine.fit": False, **choice})
         if problems(other, A10S, 4, QWEN) == []:
             assert make_plan(other, A10S, 4).step_s >= chosen.step_s
+
+
+def test_one_setting_is_left_to_the_plan_and_the_others_stay() -> None:
+    stay = {"zero": 2, "offload": True, "checkpointing": True, "checkpoint_every": 3, "fsdp": False}
+    asked: dict[str, Any] = {f"engine__{name}": value for name, value in stay.items()} | {**ON_A10, "model__known_as": "qwen2.5-1.5b"}
+    for name in ("zero", "offload", "checkpointing"):
+        config = config_of(**asked | {f"engine__{name}": AUTO})
+        chosen = make_plan(config, A10S, 4)
+        others = {other: value for other, value in stay.items() if not other.startswith(name[:5])}
+        assert {other: getattr(chosen.config.engine, other) for other in others} == others, "check... goes with checkpointing"
+        assert chosen.notes[0].startswith(f"engine.{name}=auto: DeepSpeed ZeRO ")
+        assert chosen.step_s <= make_plan(config_of(**asked), A10S, 4).step_s
+        assert chosen.run_id == run_id(config) != run_id(config_of(**asked))
+    assert make_plan(config_of(**asked | {"engine__offload": AUTO}), A10S, 4).config.engine.offload is False
+    recomputed = list(engine_choices(config_of(**asked | {"engine__checkpointing": AUTO}), 4, ["engine.checkpointing"]))
+    assert [(one["engine.checkpointing"], one["engine.checkpoint_every"]) for one in recomputed] == [(False, 1), (True, 3), (True, 1)]
+    assert {(one["engine.zero"], one["engine.offload"]) for one in recomputed} == {(2, True)}
+    # Of the other engine: its default.
+    one = config_of(engine__kind=EngineKind.accelerate, engine__zero=AUTO, engine__offload=AUTO, engine__checkpointing=AUTO)
+    assert make_plan(one, HERE, 1).config.engine == replace(one.engine, zero=2, offload=False, checkpointing=False)
 
 
 def test_what_does_not_fit_is_not_chosen() -> None:

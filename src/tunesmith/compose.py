@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tunesmith.config import Config, Refusal
+from tunesmith.config import AUTO, Config, Refusal, leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -38,6 +38,8 @@ def typed(composed: DictConfig) -> Config:
         if not missing:
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
+            if wrong := [line for key, value in leaves(config) for line in _wrong_word(key, value)]:
+                raise Refusal("\n".join(wrong))
             return config
     except OmegaConfBaseException as error:  # ${...} of something that is not there
         raise Refusal(f"{error.full_key}: {str(error).splitlines()[0]}") from None
@@ -182,6 +184,7 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
     schema = OmegaConf.structured(Config)
     try:
         OmegaConf.update(schema, key, value)
+        yield from (f"{where}: {line}" for line in _wrong_word(key, value))
     except OmegaConfBaseException:
         if isinstance(kind, type) and issubclass(kind, Enum):
             wanted = "one of " + ", ".join(member.name for member in kind)
@@ -190,6 +193,17 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
             words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list [a,b]"}
             wanted = words.get(wanted, str(kind))
         yield f"{where}: {key}: {value!r} is not {wanted}"
+
+
+def _wrong_word(key: str, value: Any) -> Iterator[str]:
+    """One line for a word other than auto as a setting that can be left to the plan."""
+    if not isinstance(value, str) or value == AUTO:
+        return
+    kind: Any = Config
+    for part in key.split("."):
+        kind = get_type_hints(kind)[part]
+    if str in get_args(kind):
+        yield f"{key}: {value!r} is not {'true or false' if bool in get_args(kind) else 'a whole number'}, and not {AUTO}"
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:

@@ -6,8 +6,10 @@ into these types, `tunesmith.compose` hands the rest of the program plain object
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from omegaconf import MISSING
 
@@ -46,6 +48,15 @@ class Compute(Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+AUTO = "auto"
+"""The value of a setting that is left to the plan."""
+if TYPE_CHECKING:  # the plan has put a number or a truth value in its place before anything else reads it
+    WholeOrAuto: TypeAlias = int
+    TrueOrAuto: TypeAlias = bool
+else:
+    WholeOrAuto, TrueOrAuto = int | str, bool | str
 
 
 class EngineKind(Enum):
@@ -200,22 +211,23 @@ class Precision:
 class Engine:
     kind: EngineKind = EngineKind.deepspeed
     """deepspeed (ZeRO 0 to 3) or accelerate (one process, DDP, or FSDP2)."""
-    zero: int = 2
-    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are split over the ranks."""
-    fsdp: bool = False
+    zero: WholeOrAuto = 2
+    """DeepSpeed ZeRO stage: 0 none, 1 optimizer, 2 and gradients, 3 and weights are split over the ranks; auto: whatever is fastest of what
+    fits, which the plan then names, as with auto below."""
+    fsdp: TrueOrAuto = False
     """Split weights, gradients and optimizer over the ranks by FSDP2 (engine.kind=accelerate; both are typed as engine=fsdp)."""
-    offload: bool = False
+    offload: TrueOrAuto = False
     """Keep the optimizer state in CPU memory (DeepSpeed ZeRO 2 and 3)."""
-    checkpointing: bool = False
-    """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs."""
+    checkpointing: TrueOrAuto = False
+    """Recompute layers' activations in backward instead of keeping them: less memory, about a third more FLOPs. auto: of no layer, of one
+    of every checkpoint_every (of every second, where that is 1), or of all."""
     checkpoint_every: int = 1
     """With checkpointing, one of every so many layers is recomputed, and the others keep their activations."""
     liger: Liger = Liger.auto
     """Rotary embedding, and in full training norms and SwiGLU, by Liger's kernels: auto takes them where liger-kernel is installed and the
     card's compute capability is 8.0 or higher, on refuses to run without, off leaves PyTorch's own operators. Not for GLM."""
     fit: bool = False
-    """Let the plan choose zero, offload and checkpointing (no, every second or every layer), or with Accelerate fsdp and checkpointing: the
-    fastest that fits, which it then names. What is set of them is ignored."""
+    """zero, offload, fsdp and checkpointing are all auto, whatever is set of them."""
     timeout_s: int = 600
     """How long a collective may wait for the other ranks."""
 
@@ -485,3 +497,23 @@ NOT_IN_RUN_ID = (
     "tracker",
     "slurm",
 )
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with some keys changed, by their dotted paths."""
+    for path, value in changes.items():
+        section, key = path.split(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
+    return config
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, plain value) of every setting; a whole number in a float field counts as that float."""
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        elif isinstance(value, Enum):
+            yield prefix + item.name, value.value
+        else:
+            yield prefix + item.name, float(value) if item.type == "float" else value

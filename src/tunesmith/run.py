@@ -29,9 +29,8 @@ from filelock import FileLock, Timeout
 
 from tunesmith import lifeline
 from tunesmith.again import OutOfMemory, Restarts
-from tunesmith.config import Config, MethodKind, Refusal
-from tunesmith.plan import FITTED, Plan, describe
-from tunesmith.plan.checks import leaves
+from tunesmith.config import Config, MethodKind, Refusal, leaves
+from tunesmith.plan import SPLITTING, Plan, describe
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
@@ -103,7 +102,7 @@ class RunFolder:
         return read_json(self.path / "status.json") or {}
 
     def fitted(self) -> dict[str, Any]:
-        """What engine.fit chose, where there are checkpoints of it."""
+        """What the plan chose of what was left to it, where there are checkpoints of it."""
         has_begun = any(re.fullmatch(r"step-\d+", path.name) for path in self.checkpoints.glob("step-*"))
         return dict((read_json(self.path / "plan.json") or {}).get("engine", {})) if has_begun else {}
 
@@ -376,7 +375,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         for key, value in vars(plan).items()
         if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
     }
-    engine = {path: value for path, value in leaves(plan.config) if path in FITTED}
+    engine = {path: value for path, value in leaves(plan.config) if path in SPLITTING}
     return {**simple, "memory": dict(plan.memory), "engine": engine, "describe": describe(plan)}
 
 

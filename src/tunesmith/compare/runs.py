@@ -16,11 +16,10 @@ from typing import Any
 
 import yaml
 
-from tunesmith.config import Config, Refusal
+from tunesmith.config import Config, Refusal, leaves
 from tunesmith.metrics.sinks import read_metrics
 from tunesmith.metrics.totals import is_number, totals, values
 from tunesmith.metrics.uncertainty import Interval, wilson
-from tunesmith.plan.checks import leaves
 from tunesmith.records import read_json
 
 DEPTH = 4

@@ -19,10 +19,9 @@ from typing import Any, Protocol
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tunesmith.config import Config, TrackerKind, TrackerMode
+from tunesmith.config import Config, TrackerKind, TrackerMode, changed
 from tunesmith.metrics.totals import totals
 from tunesmith.plan import run_id
-from tunesmith.plan.checks import changed
 from tunesmith.records import read_json, write_json
 from tunesmith.run import RunFolder, Stopped, as_mapping
 

@@ -11,14 +11,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tunesmith import matmul
-from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train
+from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train, changed, leaves
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
-from tunesmith.plan.checks import PlanError, changed, device_gib, goes_with, leaves, problems, target, varies
+from tunesmith.plan.checks import PlanError, device_gib, goes_with, problems, target, varies
 from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes, tiles_gib
@@ -30,7 +31,7 @@ from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, mu
 from tunesmith.plan.words import beside, describe, engine_words, method_words
 
 __all__ = [
-    "FITTED", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
+    "SPLITTING", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
     "engine_choices", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops",
     "steps_per_epoch", "trained_weights",
 ]  # fmt: skip
@@ -141,7 +142,7 @@ class Plan:
     cache: Cache | None
     """None without method.cache_frozen."""
     config: Config = field(repr=False)
-    """What the run does: the settings as given, but with engine.fit those that the plan has chosen."""
+    """What the run does: the settings as given, and what was left to the plan as it has chosen."""
 
     @property
     def memory_gib(self) -> float:
@@ -214,22 +215,31 @@ def make_plan(
 
     Where the data has not been counted, the plan reckons with data.max_tokens in every conversation. local_size: ranks on this machine (0:
     all of them). model_folder: the model's files, where they are here. micro_limit: most conversations in a micro-batch, as a larger one
-    ran out of memory (0: no limit). With engine.fit the plan's `config` has what it chose, and runs go by that; kept: of that
+    ran out of memory (0: no limit). What is left to the plan, its `config` has as chosen, and runs go by that; kept: of that
     what it chose when this run began, if its checkpoints are of it.
     """
 
     def plan(tried: Config) -> Plan:
         return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
 
-    if not config.engine.fit:
+    left = left_to_plan(config)
+    if not left:
         return plan(config)
-    choices = list(engine_choices(config, world_size))
+    choices = list(engine_choices(config, world_size, left))
     begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
     return _fastest(config, begun or choices, plan)
 
 
-FITTED = ("engine.zero", "engine.offload", "engine.fsdp")
-"""What engine.fit chooses, and checkpoints are of."""
+SPLITTING = ("engine.zero", "engine.offload", "engine.fsdp")
+"""Where a run's state lies, which its checkpoints depend on."""
+LEFT_TO_PLAN = (*SPLITTING, "engine.checkpointing")
+"""What can be."""
+
+
+def left_to_plan(config: Config) -> tuple[str, ...]:
+    """The settings that the plan chooses: those on auto, or all with engine.fit."""
+    given = dict(leaves(config))
+    return LEFT_TO_PLAN if config.engine.fit else tuple(path for path in LEFT_TO_PLAN if given[path] == AUTO)
 
 
 def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callable[[Config], Plan]) -> Plan:
@@ -249,29 +259,38 @@ def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callabl
         raise refusal
     best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
     beaten = f", before {engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
-    note = f"engine.fit: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
+    asked = "engine.fit" if config.engine.fit else ", ".join(f"{path}=auto" for path in left_to_plan(config))
+    note = f"{asked}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
     return replace(best, run_id=run_id(config), notes=[note, *best.notes])
 
 
-def engine_choices(config: Config, world_size: int) -> Iterator[dict[str, Any]]:
-    """What engine.fit chooses from, the thriftiest with memory last: ZeRO's stages and offload, or DDP and FSDP2, each without
-    recomputation, with every second layer recomputed, and with all; of these, what can be with the other settings."""
-    own = "engine.zero" if config.engine.kind is EngineKind.deepspeed else "engine.fsdp"
-    whole = {own: 0 if own == "engine.zero" else False, "engine.offload": False}
-    split: list[dict[str, Any]]
-    if config.engine.kind is not EngineKind.deepspeed:
-        split = [{"engine.fsdp": True}]
-    elif world_size == 1:
-        split = [{"engine.zero": 2, "engine.offload": True}]
-    else:
-        stages = ((1, False), (2, False), (3, False), (2, True), (3, True))
-        split = [{"engine.zero": zero, "engine.offload": offload} for zero, offload in stages]
-    least = changed(config, {**whole, "engine.checkpointing": False, "engine.checkpoint_every": 1})
-    for place in ({}, *split):
-        if not goes_with(least, place, world_size):
-            continue
-        for every in (0, 2, 1):
-            yield {**whole, **place, "engine.checkpointing": every > 0, "engine.checkpoint_every": max(1, every)}
+def engine_choices(config: Config, world_size: int, left: Sequence[str] = LEFT_TO_PLAN) -> Iterator[dict[str, Any]]:
+    """What can be chosen for the settings that are left to the plan, the thriftiest with memory last: ZeRO's stages and offload, or DDP and
+    FSDP2, each without recomputation, with some layers recomputed, and with all; of these, what can be with the other settings.
+
+    What the config's engine has not stays as it is set, and on auto is its default.
+    """
+    deepspeed, every = config.engine.kind is EngineKind.deepspeed, config.engine.checkpoint_every
+    own = {"engine.zero": (0, 1, 2, 3), "engine.offload": (False, True)} if deepspeed else {"engine.fsdp": (False, True)}
+    given, defaults = dict(leaves(config)), dict(leaves(Config()))
+
+    def values(path: str) -> Sequence[Any]:
+        if path in left and path in own:
+            return own[path]
+        return (defaults[path] if given[path] == AUTO else given[path],)
+
+    recomputed: list[dict[str, Any]] = [{}]
+    if "engine.checkpointing" in left:
+        some = every if every > 1 and not config.engine.fit else 2
+        recomputed = [{"engine.checkpointing": n > 0, "engine.checkpoint_every": max(1, n)} for n in (0, some, 1)]
+    least = changed(config, {**{path: values(path)[0] for path in SPLITTING}, **recomputed[0]})
+    for fsdp, offload, zero in product(values("engine.fsdp"), values("engine.offload"), values("engine.zero")):
+        if deepspeed and "engine.zero" in left and world_size == 1 and zero not in (0, 2 * offload):
+            continue  # it splits nothing
+        place = {"engine.zero": zero, "engine.offload": offload, "engine.fsdp": fsdp}
+        if goes_with(least, place, world_size):
+            for again in recomputed:
+                yield {**place, **again}
 
 
 def _plan(

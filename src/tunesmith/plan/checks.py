@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
-from enum import Enum
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,8 @@ from tunesmith.config import (
     OptimizerKind,
     Policy,
     Refusal,
+    changed,
+    leaves,
 )
 from tunesmith.hardware import CARDS, Card, Machine, find_card
 from tunesmith.peaks import given_peak
@@ -472,14 +472,6 @@ def least_gib(config: Config, world_size: int, shape: ModelShape, on_cpu: bool) 
     return sum(memory_gib(shape, config, world_size, tokens, cpu=on_cpu).values())
 
 
-def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The config with some keys changed, by their dotted paths."""
-    for path, value in changes.items():
-        section, key = path.split(".")
-        config = replace(config, **{section: replace(getattr(config, section), **{key: value})})
-    return config
-
-
 def target(config: Config, machine: Machine) -> tuple[bool, Card | None]:
     """Whether the run is meant for the CPU, and the row of the card it is meant for (None: a CPU, or no row)."""
     wanted = config.hardware.card
@@ -491,18 +483,6 @@ def target(config: Config, machine: Machine) -> tuple[bool, Card | None]:
 def device_gib(machine: Machine, on_cpu: bool, local_size: int) -> float:
     """GiB of the smallest device that a rank gets (its share of RAM on a CPU); 0.0 if unknown."""
     return machine.ram_gib / local_size if on_cpu else min(machine.memory_gib[:local_size], default=0.0)
-
-
-def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, plain value) of every setting; a whole number in a float field counts as that float."""
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{item.name}.")
-        elif isinstance(value, Enum):
-            yield prefix + item.name, value.value
-        else:
-            yield prefix + item.name, float(value) if item.type == "float" else value
 
 
 def varies(config: Config) -> bool:

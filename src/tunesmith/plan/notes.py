@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config import Base, Compute, Config, EngineKind, Matmul, MethodKind, Train
-from tunesmith.plan.checks import changed, varies
+from tunesmith.config import Base, Compute, Config, EngineKind, Matmul, MethodKind, Train, changed
+from tunesmith.plan.checks import varies
 from tunesmith.plan.memory import memory_gib
 from tunesmith.plan.shapes import multiplies_int8
 

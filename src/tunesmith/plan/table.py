@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import Base, Config, EngineKind, MethodKind, Refusal
+from tunesmith.config import Base, Config, EngineKind, MethodKind, Refusal, changed
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import UNCOUNTED, Counts, Plan, PlanError, describe, engine_choices, make_plan
-from tunesmith.plan.checks import changed, device_gib, least_gib, target
+from tunesmith.plan.checks import device_gib, least_gib, target
 from tunesmith.plan.shapes import shape_of
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
