@@ -833,6 +833,15 @@ def test_the_plan_chooses_the_fastest_that_fits() -> None:
             assert make_plan(other, A10S, 4).step_s >= chosen.step_s
 
 
+def test_every_second_layer_recomputed_is_between_none_and_all_in_int8_too() -> None:
+    settings: dict[str, Any] = {"model__known_as": "smollm2-135m", "hardware__card": "cpu", "hardware__peak": "1e12", "method__base": Base.int8}
+    settings |= {"engine__kind": EngineKind.accelerate, "precision__int8": Int8.dynamic}
+    none, second, every = (
+        make_plan(config_of(**settings, engine__checkpointing=bool(n), engine__checkpoint_every=max(1, n)), HERE, 1) for n in (0, 2, 1)
+    )
+    assert second.time["matmul"] == pytest.approx((none.time["matmul"] + every.time["matmul"]) / 2, rel=0.01)
+
+
 def test_one_setting_is_left_to_the_plan_and_the_others_stay() -> None:
     stay = {"zero": 2, "offload": True, "checkpointing": True, "checkpoint_every": 3, "fsdp": False}
     asked: dict[str, Any] = {f"engine__{name}": value for name, value in stay.items()} | {**ON_A10, "model__known_as": "qwen2.5-1.5b"}

@@ -146,15 +146,15 @@ def step_seconds(
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
-    in_int8 = _int8_flops(shape, config, lowest, accumulation * tokens) if multiplies_int8(config) else 0.0
+    again = range(lowest, shape.layers, config.engine.checkpoint_every) if config.engine.checkpointing else ()
+    passes = 2 * shape.layers - lowest + len(again)  # through a layer: forward, back, and forward again
+    in_int8 = 2.0 * shape.matmul_weights_per_layer * passes * accumulation * tokens if multiplies_int8(config) else 0.0
     own = card.peak_of(config.precision.multiplied) if card else None
     times_int8 = card.peak["int8"] / own if card and own and in_int8 and "int8" in card.peak else (TILES_INT8 if tiles else CPU_INT8) / gain
     linear = work.executed - work.attention - work.over_context - in_int8 + in_int8 / times_int8
     context_share = TILES_CONTEXT if gain > 1 else speed.context_share
     attention = work.attention / (TILES_CAUSAL if gain > 1 else speed.attention_share) + work.over_context / context_share
     matmul = linear / speed.matmul_share + attention
-    again = range(lowest, shape.layers, config.engine.checkpoint_every) if config.engine.checkpointing else ()
-    passes = 2 * shape.layers - lowest + len(again)
     rows = tokens * shape.heads * passes * (2 if work.over_context else 1)
     matmul = matmul / peak_flops + accumulation * (step.products * speed.product_s + rows * speed.row_s)
     memory = (1 + READS) * step.written / speed.bytes_per_s + step.random * speed.random_s + step.unpacked * speed.unpacked_s
@@ -174,12 +174,6 @@ def step_seconds(
     sent = traffic(shape, config, world_size, accumulation, trained)
     waited = sent.seconds(world_size, local_size or world_size, speed.link_bytes_per_s, network_bytes_per_s(config))
     return {"matmul": matmul, "memory": memory, "operators": host, "optimizer": optimizer, "communication": waited}
-
-
-def _int8_flops(shape: ModelShape, config: Config, lowest: int, tokens: int) -> float:
-    """FLOPs of `tokens` tokens in frozen layers that are multiplied in int8 (precision.int8=dynamic); lowest: the lowest trained layer."""
-    uses = shape.layers + (shape.layers - lowest) * (2 if config.engine.checkpointing else 1)
-    return 2.0 * shape.matmul_weights_per_layer * uses * tokens
 
 
 def checkpoint_gib(shape: ModelShape, config: Config) -> tuple[float, float]:
