@@ -75,6 +75,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     device = engine.device_for(world, config)
     threads = config.hardware.threads or max(1, machine.cores // world.local_size)
     engine.join(config, world, device, threads, folder.restarts.count)
+    model.without_bitsandbytes(config)
     worker = engine.build_engine(config, plan, world, model.build_model(config, base, device), device)
     if dataset.beginning:
         worker.read_beginning(dataset.beginning, dataset.invocation)

@@ -127,8 +127,13 @@ class Rules:
     neighbours_share: bool = True
 
 
-def described_logits(weights: dict[str, torch.Tensor], config: dict[str, Any], ids: list[int], rules: Rules = Rules()) -> torch.Tensor:
-    """[tokens, vocab] logits, fp32, by nothing but the description: a loop over layers, heads and pairs."""
+def described_logits(
+    weights: dict[str, torch.Tensor], config: dict[str, Any], ids: list[int], rules: Rules = Rules(), prefix: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[tokens, vocab] logits, fp32, by nothing but the description: a loop over layers, heads and pairs.
+
+    prefix: the prefix encoder's weights, [learned tokens, layers x 2 x groups x head]: keys that are not rotated, and values.
+    """
     w = {name: weight.float() for name, weight in weights.items()}
     head, heads, groups = config["kv_channels"], config["num_attention_heads"], config["multi_query_group_num"]
     n, rotated = len(ids), head // 2
@@ -157,8 +162,13 @@ def described_logits(weights: dict[str, torch.Tensor], config: dict[str, Any], i
         outputs = []
         for number, query in enumerate(queries):
             group = number // (heads // groups) if rules.neighbours_share else number % groups
-            scores = rotate(query) @ rotate(keys[group]).T / head**0.5
-            outputs.append(scores.masked_fill(hidden_future, -torch.inf).softmax(-1) @ values[group])
+            key, value, hidden = rotate(keys[group]), values[group], hidden_future
+            if prefix is not None:
+                learned = prefix.view(len(prefix), config["num_layers"], 2, groups, head)[:, layer, :, group]
+                key, value = torch.cat([learned[:, 0], key]), torch.cat([learned[:, 1], value])
+                hidden = torch.cat([torch.zeros(n, len(prefix)).bool(), hidden], 1)
+            scores = rotate(query) @ key.T / head**0.5
+            outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value)
         x = x + torch.cat(outputs, 1) @ w[f"{inside}.self_attention.dense.weight"].T
         both = norm(x, f"{inside}.post_attention_layernorm") @ w[f"{inside}.mlp.dense_h_to_4h.weight"].T
         gate, up = both.chunk(2, 1) if rules.gate_first else both.chunk(2, 1)[::-1]
@@ -410,12 +420,20 @@ def trained(native: Path, steps: int = 2, **method: Any) -> Any:
     return module.model
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_is_merged_into_the_original_layout(publish: Callable[..., Path], tmp_path: Path, rslora: bool) -> None:
+MERGED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "trained head and embedding": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("method", MERGED.values(), ids=MERGED)
+def test_an_adapter_is_merged_into_the_original_layout(publish: Callable[..., Path], tmp_path: Path, method: dict[str, Any]) -> None:
     """What ChatGLM's own code computes from the folder is what PEFT's merge computes."""
     folder = publish(torch_dtype="float32")
     native = model_folder(Model(path=str(folder)))
-    model = trained(native, r=4, alpha=8.0, rslora=rslora, targets=["query_key_value", "dense_4h_to_h"])
+    model = trained(native, r=4, alpha=8.0, targets=["query_key_value", "dense_4h_to_h"], **method)
     save_model(model, tmp_path / "adapter")
     to_original(tmp_path / "adapter", native, folder, tmp_path / "merged")
     merged = model.merge_and_unload().eval()
@@ -426,6 +444,32 @@ def test_an_adapter_is_merged_into_the_original_layout(publish: Callable[..., Pa
     assert (back - wanted).abs().max() < 2e-4 * wanted.std() < (before - wanted).abs().max()
     again = model_folder(Model(path=str(tmp_path / "merged")))
     assert torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(again), IDS), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_ratio": 50}], ids=["chatglm3-6b", "chatglm3-6b-32k"])
+def test_a_prefix_is_written_as_p_tuning_v2_leaves_it(publish: Callable[..., Path], changes: dict[str, Any], tmp_path: Path) -> None:
+    """ChatGLM's own prefix encoder, whose text begins at position 0, computes what PEFT does, whose text begins behind the prefix."""
+    folder = publish(torch_dtype="float32", **changes)
+    native, config = model_folder(Model(path=str(folder))), {**CONFIG, **changes}
+    model = trained(native, kind=MethodKind.prefix, virtual_tokens=7)
+    save_model(model, tmp_path / "adapter")
+    to_original(tmp_path / "adapter", native, folder, tmp_path / "encoder")
+    (name, prefix), *more = torch.load(tmp_path / "encoder" / "pytorch_model.bin", weights_only=True).items()
+    assert (name, more) == ("transformer.prefix_encoder.embedding.weight", [])
+    told = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    assert told == {**json.loads((folder / "config.json").read_text()), "pre_seq_len": 7, "prefix_projection": False}
+    assert prefix.shape == (told["pre_seq_len"], told["num_layers"] * told["kv_channels"] * told["multi_query_group_num"] * 2)
+    wanted = logits_of(read_adapter(tmp_path / "adapter", native), IDS)
+    weights = read_original(folder)
+    found, without = (described_logits(weights, config, IDS, prefix=learned) for learned in (prefix, None))
+    assert (found - wanted).abs().max() < 2e-4 * wanted.std() < 0.01 * (without - wanted).abs().max()
+    plain = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert (described_logits(weights, config, IDS, prefix=plain) - wanted).abs().max() > 0.01 * wanted.std(), "keys must be turned back"
+    with pytest.raises(Refusal, match="exists already"):
+        to_original(tmp_path / "adapter", native, folder, tmp_path / "encoder")
+    deeper = publish("deeper", num_layers=4)
+    with pytest.raises(Refusal, match=r"192 numbers a token are not those of .*deeper — it was trained on another model"):
+        to_original(tmp_path / "adapter", native, deeper, tmp_path / "out")
 
 
 def test_a_full_model_is_written_back_in_the_published_dtype(publish: Callable[..., Path], tmp_path: Path) -> None:
@@ -457,8 +501,8 @@ def test_what_cannot_be_written_back(publish: Callable[..., Path], tmp_path: Pat
         to_original(native, native, folder, folder)
     save_model(trained(native, steps=0, r=2), tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "use_dora": True}))
-    with pytest.raises(Refusal, match="more than plain LoRA"):
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "rank_pattern": {"q_proj": 1}}))
+    with pytest.raises(Refusal, match="rank_pattern cannot be merged into these weights"):
         to_original(tmp_path / "adapter", native, folder, tmp_path / "out")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.conftest import environment
 from tunesmith import matmul
 from tunesmith.compose import compose
 from tunesmith.config import Base, Batching, Config, MethodKind, Model, Refusal
@@ -378,3 +381,22 @@ def test_a_trained_weight_in_halves_is_refused_before_the_first_step(tmp_path: P
     weight.data = weight.data.half()
     with pytest.raises(RuntimeError, match=r"1 trainable weights are not fp32 \(first: .*lora_A"):
         build_engine(config, plan, World(), module, CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "comes"),
+    [([], False), (["method.base=int8", "precision.int8=dynamic"], False), (["method.base=nf4"], True), (["optim.name=adamw_8bit"], True)],
+    ids=["its own base", "int8 by our own", "NF4", "8-bit AdamW"],
+)
+def test_bitsandbytes_comes_where_it_is_asked_for(words: list[str], comes: bool, tiny_model: Path) -> None:
+    """It brings torch's compiler, which takes longer to import than all else of PEFT."""
+    program = (
+        "import sys, torch, tunesmith.model as m; from pathlib import Path; from tunesmith.compose import compose\n"
+        f"config = compose(['+exp=lora_cpu', 'model.path={tiny_model}', 'model=local', *{words!r}])\n"
+        "m.without_bitsandbytes(config)\n"
+        "module = m.build_model(config, Path(config.model.path), torch.device('cpu'))\n"
+        "m.make_optimizer(module, config)\n"
+        "print([sys.modules.get('bitsandbytes') is not None, 'torch._inductor.lowering' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.stdout.splitlines()[-1:] == [str([comes] * 2)], done.stderr

@@ -28,6 +28,7 @@ from tunesmith.model.adapters import (
     recompute_layers,
     save_model,
     with_adapters,
+    without_bitsandbytes,
 )
 from tunesmith.model.beginning import Beginning, continue_all, read_beginning
 from tunesmith.model.frozen import FrozenStates
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES", "Beginning", "FrozenStates", "TargetLoss", "act_from", "build_model", "check_source", "continue_all", "decoder_layers",
     "for_generation", "free_gib", "is_prompt_learning", "keep_tiles", "load_tokenizer", "make_optimizer", "model_folder", "new_tokens",
-    "page_again", "read_adapter", "read_beginning", "save_model", "stream",
+    "page_again", "read_adapter", "read_beginning", "save_model", "stream", "without_bitsandbytes",
 ]  # fmt: skip
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an absent optional package on every import

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tunesmith.config import Config, MethodKind, Refusal
+from tunesmith.config import Base, Config, MethodKind, Refusal
 from tunesmith.model import glm
-from tunesmith.plan.shapes import ENDS, glm_targets
+from tunesmith.plan.optimizers import EIGHT_BIT
+from tunesmith.plan.shapes import ENDS, glm_targets, multiplies_int8
 
 PEFT_NAME = "default"
 """PEFT's name of the one adapter that a model has here."""
+
+
+def without_bitsandbytes(config: Config) -> None:
+    """Let bitsandbytes not be installed for this process, unless it stores the base or makes the optimizer.
+
+    PEFT imports it wherever it is, and torch's compiler with it: 1.5 s (docs/log.md). For a process that loads one model.
+    """
+    in_base = config.method.base is not Base.as_is and not multiplies_int8(config)
+    if not in_base and config.optim.name not in EIGHT_BIT:
+        sys.modules.setdefault("bitsandbytes", cast(Any, None))
 
 
 def with_adapters(model: Any, config: Config) -> Any:

@@ -160,9 +160,14 @@ def to_native(folder: Path, out: Path) -> None:
 def to_original(result: Path, base: Path, original: Path, out: Path) -> None:
     """Write what training left in the layout of `original`: its files, names, shards and dtypes, so that its own code loads it.
 
-    result: a full model in transformers' layout, or a LoRA adapter (PEFT's layout) for `base`, which is merged, in fp32.
+    result: a full model in transformers' layout, or an adapter (PEFT's layout) for `base`: LoRA, with DoRA and modules_to_save, which is
+    merged in fp32, or a prefix, of which `out` gets what ChatGLM's P-Tuning v2 writes (`_write_prefix`).
     """
-    adapter = _adapter(result) if (result / "adapter_config.json").is_file() else {}
+    settings = result / "adapter_config.json"
+    if settings.is_file() and json.loads(settings.read_text("utf-8")).get("peft_type") == "PREFIX_TUNING":
+        _write_prefix(result, original, out)
+        return
+    adapter = _adapter(result) if settings.is_file() else {}
     shards = [_open(path) for path in weight_files(original)]
     parts = {name: shard for path in weight_files(base if adapter else result) for shard in [_open(path)] for name in shard.names}
     wanted = {part for shard in shards for name in shard.names for part in native_names(name) or ()}
@@ -176,7 +181,7 @@ def to_original(result: Path, base: Path, original: Path, out: Path) -> None:
 
     def trained(name: str) -> torch.Tensor:
         weight = parts[name].get(name)
-        return weight if name not in adapter else weight.float() + adapter[name]()
+        return adapter[name](weight.float()) if name in adapter else weight
 
     def filled(name: str, old: torch.Tensor) -> torch.Tensor:
         found = [trained(part) for part in native_names(name) or ()] or [old]
@@ -263,19 +268,65 @@ def _tokenizer(folder: Path, config: GlmConfig) -> GlmTokenizer | None:
     return tokenizer
 
 
-def _adapter(folder: Path) -> dict[str, Callable[[], torch.Tensor]]:
-    """What a LoRA adapter adds to each weight that it adapts: scale * B A, in fp32."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From a weight to what an adapter makes of it, both fp32."""
+
+
+def _adapter(folder: Path) -> dict[str, Change]:
+    """What a LoRA adapter makes of each weight that it adapts or replaces: W + scale B A, with DoRA each row as long as its magnitude says
+    (arXiv 2402.09353), or a weight of its own."""
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    weights = load_file(folder / "adapter_model.safetensors")
-    pairs = {name.replace(".lora_A.", ".").removeprefix("base_model.model."): name for name in weights if ".lora_A." in name}
-    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias") if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd or 2 * len(pairs) != len(weights):
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in load_file(folder / "adapter_model.safetensors").items()}
+    odd = [key for key in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "alora_invocation_tokens") if config.get(key)]
+    if config.get("peft_type") != "LORA" or odd:
         named = ", ".join(odd) or config.get("peft_type")
-        raise Refusal(f"{folder}: more than plain LoRA ({named}) — merge it with PEFT and name the merged folder")
+        raise Refusal(f"{folder}: {named} cannot be merged into these weights — load it by PEFT beside the model in transformers' layout")
 
-    def delta(name: str) -> Callable[[], torch.Tensor]:
-        a, b = weights[name].float(), weights[name.replace(".lora_A.", ".lora_B.")].float()
+    def change(layer: str) -> Change:
+        a, b = weights[f"{layer}.lora_A.weight"].float(), weights[f"{layer}.lora_B.weight"].float()
         scale = config["lora_alpha"] / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
-        return lambda: (b @ a) * scale
+        magnitude = weights.get(f"{layer}.lora_magnitude_vector")
 
-    return {native: delta(name) for native, name in pairs.items()}
+        def changed(weight: torch.Tensor) -> torch.Tensor:
+            merged: torch.Tensor = weight + (b @ a) * scale
+            return merged if magnitude is None else merged * (magnitude.float() / torch.linalg.vector_norm(merged, dim=1))[:, None]
+
+        return changed
+
+    def replace(own: torch.Tensor) -> Change:
+        return lambda _: own.float()
+
+    layers = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+    replaced = {name: replace(own) for name, own in weights.items() if ".lora_" not in name}
+    return replaced | {f"{layer}.weight": change(layer) for layer in layers}
+
+
+def _write_prefix(adapter: Path, original: Path, out: Path) -> None:
+    """A prefix as ChatGLM's own P-Tuning v2 leaves it: its prefix encoder's weights, and a config.json with their number, `pre_seq_len`.
+
+    Both keep [tokens, layers x key and value x groups x head] numbers. But PEFT's text begins behind the learned keys, at their number n,
+    and ChatGLM's at 0; neither rotates those keys. With R_p the rotation at position p, (R_(n+p) q) . k = (R_p q) . (R_-n k): turned back
+    by n, the keys are the same function there.
+    """
+    config = native_config(original)
+    learned = load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"].float()
+    head, groups = config.head_dim, config.num_key_value_heads
+    if learned.shape[1] != config.num_hidden_layers * 2 * groups * head:
+        raise Refusal(f"{adapter}: {learned.shape[1]} numbers a token are not those of {original} — it was trained on another model")
+    keys = learned.view(len(learned), config.num_hidden_layers, 2, groups, head)[:, :, 0]
+    rotated = head // 2
+    angle = -len(learned) * config.rope_parameters["rope_theta"] ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    one, two = keys[..., 0:rotated:2].clone(), keys[..., 1:rotated:2].clone()
+    keys[..., 0:rotated:2], keys[..., 1:rotated:2] = one * cos - two * sin, two * cos + one * sin
+    given = json.loads((original / "config.json").read_text("utf-8"))
+    if out.exists():
+        raise Refusal(f"{out}: exists already — name a folder that does not")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
+        made = Path(work) / "made"
+        made.mkdir()
+        torch.save({"transformer.prefix_encoder.embedding.weight": learned}, made / "pytorch_model.bin")
+        told = {**given, "pre_seq_len": len(learned), "prefix_projection": False}
+        (made / "config.json").write_text(json.dumps(told, indent=2, ensure_ascii=False), "utf-8")
+        os.replace(made, out)
