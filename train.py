@@ -61,7 +61,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))
     if plan.card == "cpu":
-        measure_cpu(config.hardware.peak, machine, config.precision.multiplied, plan.threads)
+        measure_cpu(config.hardware.peak, machine, plan.config.precision.multiplied, plan.threads)
     plan = make_plan(
         config, machine, world.size, dataset.counts(config), local_size=world.local_size, model_folder=base,
         micro_limit=folder.restarts.micro_batch, kept=folder.fitted(),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import launch, tiny_conversations
+from tests.conftest import environment, launch, tiny_conversations
 from tunesmith import cli
 from tunesmith.config import Prepare, Refusal
 from tunesmith.hardware import FAKE_MACHINE
@@ -194,3 +194,11 @@ def test_export_of_what_cannot_be_merged_is_refused(overrides: list[str], tmp_pa
         with pytest.raises(Refusal, match="no adapter and no model in it"):
             cli.main(verb)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("words", ["plan +exp=lora_a10 --fit", "plan +exp=lora_cpu", "doctor --matrix"])
+def test_a_reader_that_leaves_is_no_mistake(words: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m tunesmith.cli {words} | true"], capture_output=True, text=True, env=environment(), timeout=120
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from tunesmith.config import AUTO, Base, Batching, Compute, Config, EngineKind, Int8, Matmul, MethodKind, OptimizerKind, Refusal, changed
+from tunesmith.doctor.legal import best_type, row_for
 from tunesmith.hardware import CARDS, Machine
 from tunesmith.plan import (
     Counts,
@@ -831,6 +832,31 @@ def test_the_plan_chooses_the_fastest_that_fits() -> None:
         other = changed(config, {"engine.fit": False, **choice})
         if problems(other, A10S, 4, QWEN) == []:
             assert make_plan(other, A10S, 4).step_s >= chosen.step_s
+
+
+def test_the_type_is_left_to_the_plan() -> None:
+    """What the plan takes is what the doctor's table says is best on each card."""
+    for card in ("cpu", *CARDS):
+        row = row_for(None if card == "cpu" else CARDS[card].capability)
+        assert row
+        best = Compute(best_type(row))
+        asked, given = (
+            config_of(model__known_as="smollm2-135m", hardware__card=card, engine__kind=EngineKind.accelerate, precision__compute=compute)
+            for compute in (Compute.auto, best)
+        )
+        machine = HERE if card == "cpu" else Machine("cuda", CARDS[card].names[:1], (CARDS[card].memory_gib,), 8, 64.0)
+        chosen, plain = (make_plan(config, machine, 1) for config in (asked, given))
+        assert chosen.config == plain.config
+        assert chosen.notes[0].startswith(f"precision.compute=auto: {best.value}, ")
+        assert (chosen.memory, chosen.time, chosen.deepspeed) == (plain.memory, plain.time, plain.deepspeed)
+        assert chosen.run_id == run_id(asked) != plain.run_id
+    unknown = Machine("cuda", ("NVIDIA X1",), (24.0,), 8, 64.0)
+    (line,) = refused(config_of(precision__compute=Compute.auto, hardware__card="any"), unknown, 1)
+    assert line.startswith("precision.compute=auto: NVIDIA X1 has no row in the card table — type precision=bf16 where its compute")
+    (line,) = refused(config_of(precision__compute=Compute.auto, hardware__card="b7"), HERE, 1)
+    assert line.startswith("hardware.card=b7: no such row")
+    both = make_plan(config_of(**ON_A10 | {"precision__compute": Compute.auto}, model__known_as="qwen2.5-1.5b", engine__zero=AUTO), A10S, 4)
+    assert [note.partition("=auto: ")[0] for note in both.notes[:2]] == ["precision.compute", "engine.zero"]
 
 
 def test_every_second_layer_recomputed_is_between_none_and_all_in_int8_too() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -26,6 +27,16 @@ MOST_UNLIKELY = 10
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and do what it says; a user's mistake ends with one line and exit code 2."""
+    try:
+        try:
+            _answer(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has left, as `head` does; nor shall Python's own last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _answer(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="tunesmith", description="Work with data and runs. Training: deepspeed train.py +exp=NAME")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="look at training data before it is trained on").add_subparsers(dest="what", required=True)

@@ -45,6 +45,7 @@ class Matmul(Enum):
 
 
 class Compute(Enum):
+    auto = "auto"
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
@@ -191,7 +192,8 @@ class Method:
 @dataclass
 class Precision:
     compute: Compute = Compute.fp32
-    """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case."""
+    """Type of activations and matmuls. fp16 uses dynamic loss scaling; trainable weights stay in fp32 in every case. auto: bf16 on a card
+    that has units for it (compute capability 8.0), fp16 on older ones, fp32 on a CPU."""
     matmul: Matmul = Matmul.highest
     """How fp32 matrices are multiplied, in PyTorch's words: highest, in fp32; high, in TF32 on cards that have it (compute capability 8.0)
     and as sums of two bf16 halves on CPUs with AMX. Elsewhere high is highest."""

@@ -50,7 +50,7 @@ def examine(config: Config, facts: Facts, inputs: Answer) -> list[Finding]:
     folder = str(inputs.found.get("folder", ""))
     plan, findings = planned(config, facts, Path(folder) if folder else None)
     if not (plan is None and any(finding.fact.startswith("precision.compute") for finding in findings)):
-        findings += chosen(config, facts)
+        findings += chosen(plan.config if plan else config, facts)
     origin = list(inputs.found.get("origin", []))
     if plan:
         findings += room(config, plan, facts, origin)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.config import Base, Config
+from tunesmith.config import Base, Compute, Config
 from tunesmith.doctor.findings import Finding, fail, ok, warn
 from tunesmith.hardware import CARDS, Machine, has_amx
 from tunesmith.plan.checks import target
@@ -152,7 +152,7 @@ def choices(config: Config | None, capability: tuple[int, int] | None) -> Iterat
         yield warn("choice", f"compute capability {name} is not in the table of what is legal", f"add a row {name} to doctor/legal.py")
         return
     on, best = row.name if capability is None else f"capability {row.name}", best_type(row)
-    compute = config.precision.compute.value if config else best
+    compute = config.precision.compute.value if config and config.precision.compute is not Compute.auto else best
     yield _choice("precision", compute, row, on, f"precision={best}")
     kernel = kernel_for(row, compute)
     merged = "; shared beginnings by the same kernel, merged (not yet run on a card)" if kernel != "math" and capability else ""

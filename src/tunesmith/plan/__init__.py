@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import matmul
-from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Config, EngineKind, Method, Train, changed, leaves
-from tunesmith.hardware import Machine
+from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Compute, Config, EngineKind, Method, Train, changed, leaves
+from tunesmith.hardware import CARDS, Machine
 from tunesmith.peaks import overheads, peak_flops
 from tunesmith.plan.checks import PlanError, device_gib, goes_with, problems, target, varies
 from tunesmith.plan.deepspeed import deepspeed_config
@@ -33,7 +33,7 @@ from tunesmith.plan.words import beside, describe, engine_words, method_words
 __all__ = [
     "SPLITTING", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
     "engine_choices", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops",
-    "steps_per_epoch", "trained_weights",
+    "steps_per_epoch", "trained_weights", "with_type",
 ]  # fmt: skip
 
 ROOM = 0.92
@@ -222,16 +222,44 @@ def make_plan(
     def plan(tried: Config) -> Plan:
         return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
 
-    left = left_to_plan(config)
-    if not left:
-        return plan(config)
-    choices = list(engine_choices(config, world_size, left))
-    begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
-    return _fastest(config, begun or choices, plan)
+    typed, why = with_type(config, machine)
+    if left := left_to_plan(config):
+        choices = list(engine_choices(typed, world_size, left))
+        begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
+        found = _fastest(typed, begun or choices, plan)
+    else:
+        found = plan(typed)
+    return replace(found, run_id=run_id(config), notes=[*why, *found.notes])
+
+
+def with_type(config: Config, machine: Machine) -> tuple[Config, list[str]]:
+    """The config with a type in place of precision.compute=auto, and a line that says why; raises PlanError where nobody can tell."""
+    if config.precision.compute is not Compute.auto:
+        return config, []
+    if config.hardware.card not in ("any", "cpu", *CARDS):
+        return changed(config, {"precision.compute": Compute.fp32}), []  # `problems` says so
+    on_cpu, card = target(config, machine)
+    if not on_cpu and card is None:
+        raise PlanError(
+            [
+                f"precision.compute=auto: {machine.device_names[0]} has no row in the card table — type precision=bf16 where its compute "
+                "capability is 8.0 or higher, else precision=fp16"
+            ]
+        )
+    if on_cpu or card is None:
+        chosen, why = Compute.fp32, "the fastest type on a CPU"
+    else:
+        capability = ".".join(map(str, card.capability))
+        chosen, why = Compute.fp16, f"as capability {capability} has no units for bf16"
+        if card.capability >= BF16_FROM:
+            chosen, why = Compute.bf16, f"which capability {capability} has units for, and which needs no loss scaling"
+    return changed(config, {"precision.compute": chosen}), [f"precision.compute=auto: {chosen.value}, {why}"]
 
 
 SPLITTING = ("engine.zero", "engine.offload", "engine.fsdp")
 """Where a run's state lies, which its checkpoints depend on."""
+BF16_FROM = (8, 0)
+"""Compute capability."""
 LEFT_TO_PLAN = (*SPLITTING, "engine.checkpointing")
 """What can be."""
 
@@ -261,7 +289,7 @@ def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callabl
     beaten = f", before {engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
     asked = "engine.fit" if config.engine.fit else ", ".join(f"{path}=auto" for path in left_to_plan(config))
     note = f"{asked}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
-    return replace(best, run_id=run_id(config), notes=[note, *best.notes])
+    return replace(best, notes=[note, *best.notes])
 
 
 def engine_choices(config: Config, world_size: int, left: Sequence[str] = LEFT_TO_PLAN) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.config import Base, Config, EngineKind, MethodKind, Refusal, changed
 from tunesmith.hardware import CARDS, Machine
-from tunesmith.plan import UNCOUNTED, Counts, Plan, PlanError, describe, engine_choices, make_plan
+from tunesmith.plan import UNCOUNTED, Counts, Plan, PlanError, describe, engine_choices, make_plan, with_type
 from tunesmith.plan.checks import device_gib, least_gib, target
 from tunesmith.plan.shapes import shape_of
 
@@ -65,7 +65,7 @@ def plan_text(
     world = asked or max(1, len(there.device_names)) * nodes
     local = world // nodes
     if table:
-        return fit_table(config, there, world, local, model_folder)
+        return fit_table(with_type(config, there)[0], there, world, local, model_folder)
     elsewhere = "" if there == machine else f"note     planned for {world} x {config.hardware.card}, which is not here\n"
     text = describe(make_plan(config, there, world, counts, local_size=local, model_folder=model_folder))
     unread = "" if counts.conversations else (
