@@ -160,7 +160,7 @@ def _torchs_own() -> list[Replacement]:
     return [(matmul, "take", lambda _: None)]
 
 
-INT8 = "int8"
+HIGH, INT8, TILES = "matmul high", "int8", "tiles"
 PARTS: dict[str, Part] = {
     "the plan's micro-batch": Part("one conversation in a micro-batch", without=("train.micro_batch=1",)),
     "ragged": Part("rows padded to the longest, in linear layers too, and a dense mask in attention", _padded),
@@ -174,8 +174,9 @@ PARTS: dict[str, Part] = {
     "at once": Part("short conversations attend by torch's kernels: rectangles, and a merge with what they share", _in_rectangles),
     "memory kept": Part("glibc gives large blocks back to the system, and has pages of 4 KB", _given_back),
     "oneDNN": Part("fp32 matmuls by torch's own choice, MKL", _torchs_own),
+    HIGH: Part("fp32 matrices in fp32", settings=("precision.matmul=high",)),
     INT8: Part("fp32", settings=("method.base=int8", "precision.int8=dynamic")),
-    "tiles": Part("frozen weights are packed at each use, and int8 is multiplied by torch's own (AMX alone)", _packed_anew),
+    TILES: Part("frozen weights are packed at each use, and int8 is multiplied by torch's own (AMX alone)", _packed_anew),
 }
 """In the order of the ladder. Without `ragged` what several begin with is still computed once, unless `sharing` is off too."""
 BEFORE_TORCH = {"memory kept"}
@@ -215,7 +216,10 @@ def rows() -> dict[str, Row]:
     own = [name for name, part in PARTS.items() if not part.settings]
     found = {AS_IT_IS: Row("without")}
     for name in own:
-        found[f"without {name}"] = Row("without", (name,), PARTS[name].without, AS_IT_IS)
+        if name != TILES:  # as it is, nothing is multiplied by them
+            found[f"without {name}"] = Row("without", (name,), PARTS[name].without, AS_IT_IS)
+    found[HIGH] = Row("settings", (), PARTS[HIGH].settings, AS_IT_IS)
+    found[f"{HIGH}, without {TILES}"] = Row("settings", (TILES,), PARTS[HIGH].settings, HIGH)
     found["recomputed"] = Row("settings", (), ("engine.checkpointing=true",), AS_IT_IS)
     found["DeepSpeed, ZeRO 2"] = Row("settings", (), ("engine=deepspeed",), AS_IT_IS)
     below = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 
 from bench import ablation
-from bench.ablation import AS_IT_IS, INT8, PARTS, PLAIN
+from bench.ablation import AS_IT_IS, HIGH, INT8, PARTS, PLAIN, TILES
 from bench.train import LOOKED_AT, Refused, ablated, same_losses
 from bench.train_tunesmith import settings
 from tests.test_model import CPU, config_for
@@ -130,7 +130,7 @@ def test_rows_are_each_part_off_and_a_ladder_from_nothing_to_all() -> None:
     rows = ablation.rows()
     own = [name for name, part in PARTS.items() if not part.settings]
     assert {name: row.without for name, row in rows.items() if row.kind == "without"} == {
-        AS_IT_IS: (), **{f"without {name}": (name,) for name in own}
+        AS_IT_IS: (), **{f"without {name}": (name,) for name in own if name != TILES}
     }  # fmt: skip
     ladder = {name: row for name, row in rows.items() if row.kind == "ladder"}
     assert list(ladder) == [PLAIN, *(f"+ {name}" for name in PARTS)]
@@ -141,7 +141,8 @@ def test_rows_are_each_part_off_and_a_ladder_from_nothing_to_all() -> None:
         assert set(before.without) - set(row.without) == (set() if is_setting else {name})
         assert row.same_losses is (name not in list(PARTS)[list(PARTS).index(INT8) :])
     last = list(ladder.values())[-1]
-    assert not last.without and last.settings == PARTS[INT8].settings
+    assert not last.without and last.settings == PARTS[HIGH].settings + PARTS[INT8].settings
+    assert (rows[f"{HIGH}, without {TILES}"].without, rows[f"{HIGH}, without {TILES}"].beside) == ((TILES,), HIGH)
     assert all(rows[row.beside].kind in (row.kind, "without") for row in rows.values() if row.beside)
 
 
