@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from tunesmith import lifeline
 from tunesmith.again import OutOfMemory, Restarts
 from tunesmith.config import Config, MethodKind, Refusal, leaves
-from tunesmith.plan import SPLITTING, Plan, describe
+from tunesmith.plan import KEPT, Plan, describe
 from tunesmith.records import read_json, write_json, write_text
 from tunesmith.world import World
 
@@ -375,7 +375,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         for key, value in vars(plan).items()
         if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
     }
-    engine = {path: value for path, value in leaves(plan.config) if path in SPLITTING}
+    engine = {path: value for path, value in leaves(plan.config) if path in KEPT}
     return {**simple, "memory": dict(plan.memory), "engine": engine, "describe": describe(plan)}
 
 

@@ -31,7 +31,7 @@ from tunesmith.plan.shapes import ModelShape, above_frozen, gathers_by_hooks, mu
 from tunesmith.plan.words import beside, describe, engine_words, method_words
 
 __all__ = [
-    "SPLITTING", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
+    "KEPT", "UNCOUNTED", "Cache", "Counts", "Flops", "ModelShape", "Plan", "PlanError", "above_frozen", "beside", "describe",
     "engine_choices", "make_plan", "memory_gib", "problems", "run_id", "shape_needs_files", "shape_of", "state_bytes", "step_flops",
     "steps_per_epoch", "trained_weights", "with_type",
 ]  # fmt: skip
@@ -222,7 +222,7 @@ def make_plan(
     def plan(tried: Config) -> Plan:
         return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
 
-    typed, why = with_type(config, machine)
+    typed, why = with_type(config, machine, (kept or {}).get("precision.compute", ""))
     if left := left_to_plan(config):
         choices = list(engine_choices(typed, world_size, left))
         begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
@@ -232,10 +232,15 @@ def make_plan(
     return replace(found, run_id=run_id(config), notes=[*why, *found.notes])
 
 
-def with_type(config: Config, machine: Machine) -> tuple[Config, list[str]]:
-    """The config with a type in place of precision.compute=auto, and a line that says why; raises PlanError where nobody can tell."""
+def with_type(config: Config, machine: Machine, begun: str = "") -> tuple[Config, list[str]]:
+    """The config with a type in place of precision.compute=auto, and a line that says why; raises PlanError where nobody can tell.
+
+    begun: the type that this run's checkpoints are of.
+    """
     if config.precision.compute is not Compute.auto:
         return config, []
+    if begun:
+        return changed(config, {"precision.compute": Compute(begun)}), [f"precision.compute=auto: {begun}, as this run began with it"]
     if config.hardware.card not in ("any", "cpu", *CARDS):
         return changed(config, {"precision.compute": Compute.fp32}), []  # `problems` says so
     on_cpu, card = target(config, machine)
@@ -258,6 +263,8 @@ def with_type(config: Config, machine: Machine) -> tuple[Config, list[str]]:
 
 SPLITTING = ("engine.zero", "engine.offload", "engine.fsdp")
 """Where a run's state lies, which its checkpoints depend on."""
+KEPT = (*SPLITTING, "precision.compute")
+"""What a run goes on with as it began, where it was left to the plan."""
 BF16_FROM = (8, 0)
 """Compute capability."""
 LEFT_TO_PLAN = (*SPLITTING, "engine.checkpointing")
