@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -218,6 +220,14 @@ def test_wrong_model_path(path: str, says: str, tmp_path: Path) -> None:
     config.model.path = path
     with pytest.raises(Refusal, match=says):
         check_source(config.model)
+
+
+def test_a_model_that_is_quantised_already_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "stored")
+    told = json.loads((tiny_model / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (tmp_path / "stored" / "config.json").write_text(json.dumps(told))
+    with pytest.raises(Refusal, match=r"its weights are quantised already \(bitsandbytes\) — name the model that it was made from"):
+        model_folder(Model(path=str(tmp_path / "stored")))
 
 
 def test_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

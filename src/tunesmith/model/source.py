@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -60,13 +61,29 @@ def model_folder(model: Model) -> Path:
     path = Path(model.path)
     if path.is_file():
         return _converted(f"{path.stem}-{_digest([path])}", lambda work, made: _convert(path, model, made))
-    return _in_native_layout(original_folder(model), path.name)
+    folder = original_folder(model)
+    _check_plain(folder)
+    return _in_native_layout(folder, path.name)
 
 
 def original_folder(model: Model) -> Path:
     """The folder that model.path names as it was published, before any conversion, fetched from the hub if it is not here."""
     path = Path(model.path)
     return path if path.is_dir() else _from_hub(model.path)
+
+
+def _check_plain(folder: Path) -> None:
+    """Refuse a model whose weights are stored quantised already: the plan reckons with weights as they were before."""
+    try:
+        stored = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever loads it says what is wrong with the file
+    if stored:
+        kind = stored.get("quant_method", "quantization_config in its config.json") if isinstance(stored, dict) else stored
+        raise Refusal(
+            f"model.path={folder}: its weights are quantised already ({kind}) — name the model that it was made from, and let "
+            "method.base=nf4 or method.base=int8 quantise it"
+        )
 
 
 def _converted(name: str, convert: Callable[[Path, Path], None]) -> Path:
