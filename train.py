@@ -15,7 +15,7 @@ from tunesmith.compose import COMPOSITION_ERRORS, drop_local_rank, explain, regi
 from tunesmith.config import Config, Refusal
 from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.peaks import measure_cpu
-from tunesmith.plan import beside, describe, make_plan, shape_needs_files
+from tunesmith.plan import beside, describe, make_plan, run_id, shape_needs_files
 from tunesmith.run import COMPLETED, FAILED, RunFolder, StopSignal, TrialFailed, failures, leave, refuse
 from tunesmith.world import World, this_world
 
@@ -45,8 +45,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         from tunesmith.model.source import model_folder
 
         base = model_folder(config.model)
-    plan = make_plan(config, machine, world.size, local_size=world.local_size, model_folder=base)
-    folder = RunFolder.of(config, plan, world)
+    folder = RunFolder.of(config, run_id(config), world)
+    plan = make_plan(config, machine, world.size, local_size=world.local_size, model_folder=base, kept=folder.kept())
     if folder.say_if_complete():
         from tunesmith.metrics import hand_over_again
 
@@ -64,7 +64,7 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
         measure_cpu(config.hardware.peak, machine, plan.config.precision.multiplied, plan.threads)
     plan = make_plan(
         config, machine, world.size, dataset.counts(config), local_size=world.local_size, model_folder=base,
-        micro_limit=folder.restarts.micro_batch, kept=folder.fitted(),
+        micro_limit=folder.restarts.micro_batch, kept=folder.kept(),
     )  # fmt: skip
     folder.open(config, plan, dataset.fingerprint)
     config = plan.config  # with what the plan has chosen

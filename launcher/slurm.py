@@ -150,7 +150,7 @@ def submit(
         raise Refusal(f"sbatch refuses {place.folder / 'train.sbatch'}: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().partition(";")[0]
     for index, plan in enumerate(planned):
-        run = RunFolder.of(plan.config, plan, World())
+        run = RunFolder.of(plan.config, plan.run_id, World())
         if run.status().get("state") not in ("running", "completed"):  # the job itself may have been quicker
             run.path.mkdir(parents=True, exist_ok=True)
             run.set_status("pending", job=f"{job}_{index}" if several else job)

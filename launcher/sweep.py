@@ -56,7 +56,7 @@ class Trial:
 
     @property
     def run(self) -> RunFolder:
-        return RunFolder.of(self.config, self.plan, World())
+        return RunFolder.of(self.config, self.plan.run_id, World())
 
     @property
     def said(self) -> str:

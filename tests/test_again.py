@@ -134,9 +134,9 @@ def test_what_engine_fit_chose_holds_as_long_as_there_are_checkpoints_of_it(tmp_
     plan = make_plan(config, Machine(cores=2, ram_gib=16.0), 1)
     write_json(tmp_path / "plan.json", plan_record(plan))
     folder = RunFolder(tmp_path, World())
-    assert folder.fitted() == {}, "nothing has been kept of it yet"
+    assert folder.kept() == {}, "nothing has been kept of it yet"
     (folder.checkpoints / ".step-000002.tmp").mkdir(parents=True)
-    assert folder.fitted() == {}, "a save that was killed is none"
+    assert folder.kept() == {}, "a save that was killed is none"
     (folder.checkpoints / "step-000004").mkdir()
-    assert folder.fitted() == {"engine.zero": config.engine.zero, "engine.offload": False, "engine.fsdp": False, "precision.compute": "fp32"}
-    assert make_plan(config, Machine(cores=2, ram_gib=16.0), 1, kept=folder.fitted()).run_id == plan.run_id
+    assert folder.kept() == {"engine.zero": config.engine.zero, "engine.offload": False, "engine.fsdp": False, "precision.compute": "fp32"}
+    assert make_plan(config, Machine(cores=2, ram_gib=16.0), 1, kept=folder.kept()).run_id == plan.run_id

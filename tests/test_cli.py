@@ -202,3 +202,16 @@ def test_a_reader_that_leaves_is_no_mistake(words: str) -> None:
         ["bash", "-c", f"{sys.executable} -m tunesmith.cli {words} | true"], capture_output=True, text=True, env=environment(), timeout=120
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_mistakes_are_not_taken_for_a_reader_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (ValueError("a mistake of ours"), BrokenPipeError("of another process")):
+
+        def answer(arguments: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "_answer", answer)
+        with pytest.raises(type(error), match=str(error)):
+            cli.main([])
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m tunesmith.cli plan +exp=lora_cpu >&-"], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (0, ""), "nobody reads it at all"

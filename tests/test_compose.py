@@ -135,6 +135,8 @@ ONE_MISTAKE = {
     "fraction for a whole number": ("train.steps=2.5", "override train.steps=2.5: train.steps: 2.5 is not a whole number"),
     "word for a switch": ("method.dora=maybe", "override method.dora=maybe: method.dora: 'maybe' is not true or false"),
     "word for a switch or auto": ("engine.offload=maybe", "engine.offload: 'maybe' is not true or false, and not auto"),
+    "fraction for a number or auto": ("engine.zero=2.5", "engine.zero: 2.5 is not a whole number, and not auto"),
+    "nothing for a switch or auto": ("engine.offload=null", "override engine.offload=null: engine.offload: None is not true or false, and not auto"),
     "word for a number or auto": ("engine.zero=most", "engine.zero: 'most' is not a whole number, and not auto"),
     "nothing": ("data.system=null", "override data.system=null: data.system: None is not text"),
     "word for a list": ("method.targets=q_proj", "override method.targets=q_proj: method.targets: 'q_proj' is not a list [a,b]"),
@@ -341,3 +343,9 @@ def test_a_persons_mistake_ends_with_code_2_and_no_traceback(words: list[str], e
 def test_choices_are_the_files() -> None:
     assert choices("method") == ["full", "lora", "lora_int8", "prefix", "prompt", "qlora"]
     assert choices("nonsense") == []
+
+
+def test_what_can_be_auto_is_typed_in_as_many_ways_as_before() -> None:
+    words = ["engine.zero='1'", "engine.offload=yes", "engine.fsdp=0", "engine.checkpointing=auto"]
+    engine = compose(["+exp=lora_cpu", *words]).engine
+    assert (engine.zero, engine.offload, engine.fsdp, engine.checkpointing) == (1, True, False, "auto")

@@ -380,7 +380,7 @@ def test_a_run_without_room_is_refused_before_its_model_loads(tmp_path: Path) ->
     config = config_of(**ON, outputs=str(tmp_path))
     plan = make_plan(config, HERE, 1, Counts(400, tokens=40_000, longest_tokens=200, beginnings=10**13))
     with pytest.raises(Refusal, match=r"GiB free in outputs=.*, the checkpoints need about 0.1 GiB and the states 21457672.1 GiB — .* method.cache_frozen=false"):
-        RunFolder.of(config, plan, World()).open(config, plan, "data")
+        RunFolder.of(config, plan.run_id, World()).open(config, plan, "data")
 
 
 def test_the_plan_says_what_it_takes_and_saves() -> None:

@@ -227,7 +227,7 @@ def test_a_model_that_is_quantised_already_is_refused(tiny_model: Path, tmp_path
     told = json.loads((tiny_model / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "stored" / "config.json").write_text(json.dumps(told))
     with pytest.raises(Refusal, match=r"its weights are quantised already \(bitsandbytes\) — name the model that it was made from"):
-        model_folder(Model(path=str(tmp_path / "stored")))
+        check_source(Model(path=str(tmp_path / "stored")))
 
 
 def test_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +375,17 @@ def test_a_model_of_bin_files_comes_from_the_hub_whole(both: bool, tmp_path: Pat
                 (tmp_path / file).write_text("{}")
         return str(tmp_path)
 
+    def first(name: str, file: str) -> str:
+        (tmp_path / file).write_text(told)
+        return str(tmp_path / file)
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", first)
+    told = '{"quantization_config": {"quant_method": "awq"}}'
+    with pytest.raises(Refusal, match=r"model\.path=owner/older-model: its weights are quantised already \(awq\)"):
+        original_folder(Model(path="owner/older-model"))
+    assert not asked, "nothing large is fetched for that"
+    told = "{}"
     assert original_folder(Model(path="owner/older-model")) == tmp_path
     assert len(asked) == (1 if both else 2)
     assert (tmp_path / "pytorch_model-00001-of-00001.bin").exists() is not both

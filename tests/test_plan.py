@@ -890,6 +890,8 @@ def test_one_setting_is_left_to_the_plan_and_the_others_stay() -> None:
     recomputed = list(engine_choices(config_of(**asked | {"engine__checkpointing": AUTO}), 4, ["engine.checkpointing"]))
     assert [(one["engine.checkpointing"], one["engine.checkpoint_every"]) for one in recomputed] == [(False, 1), (True, 3), (True, 1)]
     assert {(one["engine.zero"], one["engine.offload"]) for one in recomputed} == {(2, True)}
+    (line,) = refused(config_of(**asked | {"engine__checkpointing": AUTO, "engine__checkpoint_every": -3}), A10S, 4)
+    assert line.startswith("engine.checkpoint_every=-3: must be at least 1")
     # Of the other engine: its default.
     one = config_of(engine__kind=EngineKind.accelerate, engine__zero=AUTO, engine__offload=AUTO, engine__checkpointing=AUTO)
     assert make_plan(one, HERE, 1).config.engine == replace(one.engine, zero=2, offload=False, checkpointing=False)
@@ -923,8 +925,13 @@ def test_accelerate_is_split_where_whole_weights_do_not_fit() -> None:
         choices = list(engine_choices(config_of(**settings, **changes), world))
         assert choices
         assert not any(choice["engine.fsdp"] for choice in choices), changes
-    # What was set for the other engine is still looked at.
-    refused(config_of(**settings | {"engine__kind": EngineKind.deepspeed, "engine__fsdp": True}), A10S, 4)
+    # What was set for the other engine is left to the plan as well.
+    split_too = make_plan(config_of(**settings | {"engine__kind": EngineKind.deepspeed, "engine__fsdp": True}), A10S, 4)
+    assert split_too.config.engine.fsdp is False
+    assert make_plan(config_of(**settings, engine__offload=True), A10S, 4).config.engine.offload is False
+    # What its checkpoints are of cannot be with one rank: none is chosen in its place, and so the record of it stays.
+    with pytest.raises(PlanError, match=r"^engine\.fit: this run began with engine\.fsdp=true, which 1 ranks cannot have — start as many ranks"):
+        make_plan(config_of(**settings), A10S, 1, kept={"engine.fsdp": True})
     # The thriftiest that is refused is FSDP2; what helps may be whole weights in four bits.
     large: dict[str, Any] = {**ON_A10, "engine__kind": EngineKind.accelerate, "engine__fit": True, "model__known_as": "qwen2.5-7b"}
     two = Machine("cuda", A10S.device_names[:2], (10.5, 10.5), 16, 128.0, "some CPU")

@@ -70,16 +70,16 @@ def test_full_disk_is_refused(overrides: list[str], monkeypatch: pytest.MonkeyPa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 1000, 1000))
     with pytest.raises(Refusal, match=r"outputs=.*0\.0 GiB free, the checkpoints need about"):
-        RunFolder.of(config, plan, World()).open(config, plan, "12345678")
+        RunFolder.of(config, plan.run_id, World()).open(config, plan, "12345678")
 
 
 def test_two_processes_on_one_run(overrides: list[str]) -> None:
     config = compose(overrides)
     plan = make_plan(config, this_machine(), 1)
-    first = RunFolder.of(config, plan, World())
+    first = RunFolder.of(config, plan.run_id, World())
     first.open(config, plan, "12345678")
     with pytest.raises(Refusal, match="another process is at work on this very run"):
-        RunFolder.of(config, plan, World()).open(config, plan, "12345678")
+        RunFolder.of(config, plan.run_id, World()).open(config, plan, "12345678")
 
 
 @pytest.mark.launch

@@ -6,8 +6,10 @@ import argparse
 import json
 import math
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +30,27 @@ MOST_UNLIKELY = 10
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and do what it says; a user's mistake ends with one line and exit code 2."""
     try:
-        try:
-            _answer(arguments)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has left, as `head` does; nor shall Python's own last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _answer(arguments)
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        sys.exit(1)  # half an answer: a doctor has not said yet what it found
+    except SystemExit:
+        _reader_left()
+        raise
+    _reader_left()
+
+
+def _reader_left() -> bool:
+    """Write what is left of standard output; whether whoever reads it has left, as `head` does. Python's own last flush is silent then."""
+    with suppress(BrokenPipeError):
+        print(end="", flush=True)
+    pipe = select.poll()
+    pipe.register(1, 0)
+    if not any(seen & (select.POLLERR | select.POLLHUP) for _, seen in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _answer(arguments: Sequence[str] | None) -> None:

@@ -8,19 +8,21 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, IntegerNode, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tunesmith.config import AUTO, Config, Refusal, leaves
+from tunesmith.config import AUTO, Config, Engine, Refusal, changed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+OR_AUTO = {"WholeOrAuto": (IntegerNode, "a whole number"), "TrueOrAuto": (BooleanNode, "true or false")}
+"""By the type that config.py gives to settings which can be left to the plan: what else they may be, in OmegaConf's words and in ours."""
 OPTIONS_WITH_VALUE = (
     "-c", "--cfg", "-i", "--info", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir",
 )  # fmt: skip
@@ -38,9 +40,10 @@ def typed(composed: DictConfig) -> Config:
         if not missing:
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
-            if wrong := [line for key, value in leaves(config) for line in _wrong_word(key, value)]:
+            left = {f"engine.{item.name}": getattr(config.engine, item.name) for item in fields(config.engine) if item.type in OR_AUTO}
+            if wrong := [line for key, value in left.items() for line in _wrong_word(key, value)]:
                 raise Refusal("\n".join(wrong))
-            return config
+            return changed(config, {key: _number_or_auto(key, value) for key, value in left.items()})
     except OmegaConfBaseException as error:  # ${...} of something that is not there
         raise Refusal(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     lines = [f"{key}: no value — set {key}=..." for key in missing]
@@ -181,10 +184,12 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
         yield f"{where}: {key} is a section, not a value — write {key}.KEY=..., KEY one of {', '.join(item.name for item in fields(kind))}"
     if value == "???" or is_dataclass(kind):
         return
+    if _kind_beside_auto(key):
+        yield from (f"{where}: {line}" for line in _wrong_word(key, value))
+        return
     schema = OmegaConf.structured(Config)
     try:
         OmegaConf.update(schema, key, value)
-        yield from (f"{where}: {line}" for line in _wrong_word(key, value))
     except OmegaConfBaseException:
         if isinstance(kind, type) and issubclass(kind, Enum):
             wanted = "one of " + ", ".join(member.name for member in kind)
@@ -195,15 +200,24 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
         yield f"{where}: {key}: {value!r} is not {wanted}"
 
 
+def _kind_beside_auto(key: str) -> str:
+    """How config.py calls the type of a setting that can be left to the plan; empty for others."""
+    section, _, name = key.partition(".")
+    return next((item.type for item in fields(Engine) if section == "engine" and item.name == name and item.type in OR_AUTO), "")
+
+
+def _number_or_auto(key: str, value: Any) -> Any:
+    """A value of such a setting as the number or truth value that it says, or auto; raises OmegaConf's ValidationError for others."""
+    node, _ = OR_AUTO[_kind_beside_auto(key)]
+    return AUTO if value == AUTO else node(value, is_optional=False)._value()
+
+
 def _wrong_word(key: str, value: Any) -> Iterator[str]:
-    """One line for a word other than auto as a setting that can be left to the plan."""
-    if not isinstance(value, str) or value == AUTO:
-        return
-    kind: Any = Config
-    for part in key.split("."):
-        kind = get_type_hints(kind)[part]
-    if str in get_args(kind):
-        yield f"{key}: {value!r} is not {'true or false' if bool in get_args(kind) else 'a whole number'}, and not {AUTO}"
+    """One line for anything else as the value of such a setting."""
+    try:
+        _number_or_auto(key, value)
+    except OmegaConfBaseException:
+        yield f"{key}: {value!r} is not {OR_AUTO[_kind_beside_auto(key)][1]}, and not {AUTO}"
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:

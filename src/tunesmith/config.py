@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # the plan has put a number or a truth value in its place bef
     WholeOrAuto: TypeAlias = int
     TrueOrAuto: TypeAlias = bool
 else:
-    WholeOrAuto, TrueOrAuto = int | str, bool | str
+    WholeOrAuto = TrueOrAuto = bool | int | float | str  # for OmegaConf; tunesmith.compose says what they may be
 
 
 class EngineKind(Enum):

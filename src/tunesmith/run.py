@@ -94,17 +94,17 @@ class RunFolder:
         return self.path / ("model" if config.method.kind is MethodKind.full else "adapter")
 
     @classmethod
-    def of(cls, config: Config, plan: Plan, world: World) -> RunFolder:
+    def of(cls, config: Config, run_id: str, world: World) -> RunFolder:
         """The folder of a config's run."""
-        return cls(Path(config.outputs) / config.name / plan.run_id, world)
+        return cls(Path(config.outputs) / config.name / run_id, world)
 
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {}
 
-    def fitted(self) -> dict[str, Any]:
-        """What the plan chose of what was left to it, where there are checkpoints of it."""
+    def kept(self) -> dict[str, Any]:
+        """The settings that checkpoints are of, where there are some."""
         has_begun = any(re.fullmatch(r"step-\d+", path.name) for path in self.checkpoints.glob("step-*"))
-        return dict((read_json(self.path / "plan.json") or {}).get("engine", {})) if has_begun else {}
+        return dict((read_json(self.path / "plan.json") or {}).get("kept", {})) if has_begun else {}
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -375,8 +375,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         for key, value in vars(plan).items()
         if isinstance(value, str | int | float | bool) or key in ("memory", "notes", "deepspeed")
     }
-    engine = {path: value for path, value in leaves(plan.config) if path in KEPT}
-    return {**simple, "memory": dict(plan.memory), "engine": engine, "describe": describe(plan)}
+    kept = {path: value for path, value in leaves(plan.config) if path in KEPT}
+    return {**simple, "memory": dict(plan.memory), "kept": kept, "describe": describe(plan)}
 
 
 def command_line(world: World) -> str:

@@ -69,7 +69,7 @@ def data_findings(config: Config, words: list[str]) -> Iterator[Finding]:
 
 def model_findings(config: Config, words: list[str]) -> tuple[Path | None, list[Finding]]:
     """The model's folder with all its files, or None; and whether its tokenizer can be read and has a template."""
-    from tunesmith.model.source import check_source, model_folder
+    from tunesmith.model.source import AlreadyQuantised, check_source, model_folder
 
     path = config.model.path
     unknown = warn("template", f"model.path={path}: its files are not here yet, so tokenizer and template are not checked",
@@ -82,6 +82,8 @@ def model_findings(config: Config, words: list[str]) -> tuple[Path | None, list[
         return None, [unknown]
     try:
         folder = model_folder(config.model)
+    except AlreadyQuantised as refusal:
+        return None, refused("model", refusal)
     except Refusal:
         return None, [unknown]
     from tunesmith.data import Conversation, Turn

@@ -29,6 +29,10 @@ PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+class AlreadyQuantised(Refusal):
+    """The weights that model.path leads to are no plain numbers."""
+
+
 def check_source(model: Model) -> None:
     """Refuse a model.path that cannot lead to a model, without loading or fetching anything."""
     path = Path(model.path)
@@ -41,6 +45,7 @@ def check_source(model: Model) -> None:
             raise Refusal(f"model.path={model.path}: the folder has no config.json — name the folder that save_pretrained wrote")
         if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
             raise Refusal(f"model.path={model.path}: the folder has no weights (*.safetensors or *.bin)")
+        _check_plain(path, model)
     elif not path.is_file():
         raise Refusal(
             f"model.path={model.path}: no such file or folder — a Hugging Face folder, a hub id (owner/name), a .gguf file, "
@@ -61,27 +66,25 @@ def model_folder(model: Model) -> Path:
     path = Path(model.path)
     if path.is_file():
         return _converted(f"{path.stem}-{_digest([path])}", lambda work, made: _convert(path, model, made))
-    folder = original_folder(model)
-    _check_plain(folder)
-    return _in_native_layout(folder, path.name)
+    return _in_native_layout(original_folder(model), path.name)
 
 
 def original_folder(model: Model) -> Path:
     """The folder that model.path names as it was published, before any conversion, fetched from the hub if it is not here."""
     path = Path(model.path)
-    return path if path.is_dir() else _from_hub(model.path)
+    return path if path.is_dir() else _from_hub(model)
 
 
-def _check_plain(folder: Path) -> None:
-    """Refuse a model whose weights are stored quantised already: the plan reckons with weights as they were before."""
+def _check_plain(folder: Path, model: Model) -> None:
+    """Refuse a model whose weights are stored quantised already, by its config.json: the plan reckons with plain ones."""
     try:
         stored = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
     except (OSError, ValueError, AttributeError):
         return  # whoever loads it says what is wrong with the file
     if stored:
         kind = stored.get("quant_method", "quantization_config in its config.json") if isinstance(stored, dict) else stored
-        raise Refusal(
-            f"model.path={folder}: its weights are quantised already ({kind}) — name the model that it was made from, and let "
+        raise AlreadyQuantised(
+            f"model.path={model.path}: its weights are quantised already ({kind}) — name the model that it was made from, and let "
             "method.base=nf4 or method.base=int8 quantise it"
         )
 
@@ -172,16 +175,20 @@ def _convert(gguf: Path, model: Model, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    name = model.path
     # *.py is never run: it says which ChatGLM a folder is, and goes back beside weights that are saved in its layout.
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
     try:
+        _check_plain(Path(hf_hub_download(name, "config.json")).parent, model)  # before gigabytes are fetched
         folder = Path(snapshot_download(name, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):  # older models have nothing else; where both are, it is the same once more
             folder = Path(snapshot_download(name, allow_patterns=[*wanted, "*.bin"]))
         return folder
+    except AlreadyQuantised:
+        raise
     except Exception as error:  # no network, no such model, no permission: the hub's own words say which
         raise Refusal(
             f"model.path={name}: neither a folder here nor to be had from the hub — {_last_line(str(error))} — "

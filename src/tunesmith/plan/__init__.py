@@ -225,8 +225,13 @@ def make_plan(
     typed, why = with_type(config, machine, (kept or {}).get("precision.compute", ""))
     if left := left_to_plan(config):
         choices = list(engine_choices(typed, world_size, left))
-        begun = [choice for choice in choices if kept and all(choice.get(path, value) == value for path, value in kept.items())]
-        found = _fastest(typed, begun or choices, plan)
+        if kept:
+            choices = [choice for choice in choices if all(choice.get(path, value) == value for path, value in kept.items())]
+        if not choices:
+            began = ", ".join(f"{path}={json.dumps(value)}" for path, value in (kept or {}).items() if path in left)
+            fact = f"this run began with {began}, which {world_size} ranks cannot have"
+            raise PlanError([f"{_said_left(config)}: {fact} — start as many ranks as before, or a run of its own with name=..."])
+        found = _fastest(typed, choices, plan)
     else:
         found = plan(typed)
     return replace(found, run_id=run_id(config), notes=[*why, *found.notes])
@@ -277,6 +282,11 @@ def left_to_plan(config: Config) -> tuple[str, ...]:
     return LEFT_TO_PLAN if config.engine.fit else tuple(path for path in LEFT_TO_PLAN if given[path] == AUTO)
 
 
+def _said_left(config: Config) -> str:
+    """What was typed to leave settings to the plan."""
+    return "engine.fit" if config.engine.fit else ", ".join(f"{path}=auto" for path in left_to_plan(config))
+
+
 def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callable[[Config], Plan]) -> Plan:
     """The plan with the engine settings that make a step fastest among those that fit; the first of equals.
 
@@ -294,8 +304,7 @@ def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callabl
         raise refusal
     best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
     beaten = f", before {engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
-    asked = "engine.fit" if config.engine.fit else ", ".join(f"{path}=auto" for path in left_to_plan(config))
-    note = f"{asked}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
+    note = f"{_said_left(config)}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
     return replace(best, notes=[note, *best.notes])
 
 
@@ -303,19 +312,19 @@ def engine_choices(config: Config, world_size: int, left: Sequence[str] = LEFT_T
     """What can be chosen for the settings that are left to the plan, the thriftiest with memory last: ZeRO's stages and offload, or DDP and
     FSDP2, each without recomputation, with some layers recomputed, and with all; of these, what can be with the other settings.
 
-    What the config's engine has not stays as it is set, and on auto is its default.
+    What is left to the plan and the config's engine has not is its default.
     """
     deepspeed, every = config.engine.kind is EngineKind.deepspeed, config.engine.checkpoint_every
     own = {"engine.zero": (0, 1, 2, 3), "engine.offload": (False, True)} if deepspeed else {"engine.fsdp": (False, True)}
     given, defaults = dict(leaves(config)), dict(leaves(Config()))
 
     def values(path: str) -> Sequence[Any]:
-        if path in left and path in own:
-            return own[path]
-        return (defaults[path] if given[path] == AUTO else given[path],)
+        return own.get(path, (defaults[path],)) if path in left else (given[path],)
 
     recomputed: list[dict[str, Any]] = [{}]
-    if "engine.checkpointing" in left:
+    if "engine.checkpointing" in left and every < 1:
+        recomputed = [{"engine.checkpointing": True}]  # so that `problems` sees that number
+    elif "engine.checkpointing" in left:
         some = every if every > 1 and not config.engine.fit else 2
         recomputed = [{"engine.checkpointing": n > 0, "engine.checkpoint_every": max(1, n)} for n in (0, some, 1)]
     least = changed(config, {**{path: values(path)[0] for path in SPLITTING}, **recomputed[0]})
@@ -331,7 +340,7 @@ def engine_choices(config: Config, world_size: int, left: Sequence[str] = LEFT_T
 def _plan(
     config: Config, machine: Machine, world_size: int, counts: Counts, local_size: int, model_folder: Path | None, micro_limit: int
 ) -> Plan:  # fmt: skip
-    """The plan of a config in which nothing is left to choose but the micro-batch."""
+    """The plan of a config in which nothing is left to choose but the micro-batch, without the run's id: that is of what was typed."""
     shape, unknown = None, []
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
@@ -405,7 +414,7 @@ def _plan(
     memory["weights"] += tiles
     plan = Plan(
         name=config.name,
-        run_id=run_id(config),
+        run_id="",
         steps=steps,
         epochs=epochs,
         conversations=conversations or 0,
@@ -543,6 +552,7 @@ def _flops(
 def run_id(config: Config) -> str:
     """8 hex digits of all that changes the result: typing a default makes no difference, nor does NOT_IN_RUN_ID."""
     # Where the run's end depends on them, the steps between held-out losses change the result.
-    without = [path for path in NOT_IN_RUN_ID if not (path == "train.eval_every" and config.train.patience)]
-    kept = {path: value for path, value in leaves(config) if not any(path == out or path.startswith(f"{out}.") for out in without)}
+    without = {path for path in NOT_IN_RUN_ID if not (path == "train.eval_every" and config.train.patience)}
+    below = tuple(f"{path}." for path in without)
+    kept = {path: value for path, value in leaves(config) if path not in without and not path.startswith(below)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
