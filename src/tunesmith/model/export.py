@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,7 +11,7 @@ import torch
 from tunesmith.config import Model, Refusal
 from tunesmith.model import glm
 from tunesmith.model.adapters import known_warnings
-from tunesmith.model.source import free_gib, model_folder, original_folder
+from tunesmith.model.source import free_gib, model_folder, new_folder, original_folder
 
 
 def export(result: Path, model: Model, out: Path, original: bool) -> None:
@@ -29,8 +27,6 @@ def export(result: Path, model: Model, out: Path, original: bool) -> None:
             raise Refusal(f"--original: {model.path} is in transformers' own layout already — leave --original out")
         glm.to_original(result, base, published, out)
         return
-    if out.exists():
-        raise Refusal(f"{out}: exists already — name a folder that does not")
     is_adapter = (result / "adapter_config.json").is_file()
     settings = json.loads((result / "adapter_config.json").read_text("utf-8")) if is_adapter else {}
     if settings.get("alora_invocation_tokens"):
@@ -40,15 +36,12 @@ def export(result: Path, model: Model, out: Path, original: bool) -> None:
     need = glm.gib(glm.weight_files(base))
     if need > (free := free_gib(out.parent)):
         raise Refusal(f"{out}: {free:.1f} GiB free, the weights take {need:.1f} — name a folder on another disk")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        made = Path(work) / "made"
-        _merge(result, base, made) if is_adapter else shutil.copytree(result, made)
+    with new_folder(out) as made:
+        _merge(result, base, made) if is_adapter else shutil.copytree(result, made, dirs_exist_ok=True)
         for path in base.iterdir():
             is_weights = path.suffix in (".safetensors", ".bin", ".py") or ".index." in path.name
             if path.is_file() and not is_weights and not (made / path.name).exists():  # tokenizer, chat template
                 shutil.copyfile(path, made / path.name)
-        os.replace(made, out)  # the folder has its name only when it is complete
 
 
 def _merge(adapter: Path, base: Path, made: Path) -> None:

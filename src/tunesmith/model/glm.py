@@ -11,13 +11,11 @@ Tensors are mapped from disk and written a shard at a time: that is all the memo
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from tunesmith.config import Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
+from tunesmith.model.source import free_gib, new_folder
 from tunesmith.plan.shapes import GLM_LAYERS
 
 ORIGINAL, NATIVE = "chatglm", "glm"
@@ -173,10 +172,7 @@ def to_original(result: Path, base: Path, original: Path, out: Path) -> None:
     wanted = {part for shard in shards for name in shard.names for part in native_names(name) or ()}
     if odd := sorted((wanted ^ parts.keys()) | (adapter.keys() - parts.keys())):
         raise Refusal(f"{result}: {odd[0]} is not in both it and {original} — it was trained on another model")
-    if out.exists():
-        raise Refusal(f"{out}: exists already — name a folder that does not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if (need := gib(shard.path for shard in shards)) > (free := shutil.disk_usage(out.parent).free / 2**30):
+    if (need := gib(shard.path for shard in shards)) > (free := free_gib(out.parent)):
         raise Refusal(f"{out}: {free:.1f} GiB free, the weights take {need:.1f} — name a folder on another disk")
 
     def trained(name: str) -> torch.Tensor:
@@ -190,16 +186,13 @@ def to_original(result: Path, base: Path, original: Path, out: Path) -> None:
             raise Refusal(f"{result}: {name} is {list(new.shape)}, and {list(old.shape)} in {original} — it was trained on another model")
         return new
 
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        made = Path(work) / "made"
-        made.mkdir()
+    with new_folder(out) as made:
         other_weights = {index for suffix, index in INDEX.items() if suffix != shards[0].path.suffix}
         for path in original.iterdir():
             if path.is_file() and path.suffix not in INDEX and path.name not in other_weights:
                 shutil.copyfile(path, made / path.name)
         for shard in shards:
             _save({name: filled(name, shard.get(name)) for name in shard.names}, made / shard.path.name)
-        os.replace(made, out)  # the folder has its name only when it is complete
 
 
 def gib(files: Iterable[Path]) -> float:
@@ -320,13 +313,7 @@ def _write_prefix(adapter: Path, original: Path, out: Path) -> None:
     one, two = keys[..., 0:rotated:2].clone(), keys[..., 1:rotated:2].clone()
     keys[..., 0:rotated:2], keys[..., 1:rotated:2] = one * cos - two * sin, two * cos + one * sin
     given = json.loads((original / "config.json").read_text("utf-8"))
-    if out.exists():
-        raise Refusal(f"{out}: exists already — name a folder that does not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as work:
-        made = Path(work) / "made"
-        made.mkdir()
+    with new_folder(out) as made:
         torch.save({"transformer.prefix_encoder.embedding.weight": learned}, made / "pytorch_model.bin")
         told = {**given, "pre_seq_len": len(learned), "prefix_projection": False}
         (made / "config.json").write_text(json.dumps(told, indent=2, ensure_ascii=False), "utf-8")
-        os.replace(made, out)

@@ -1,7 +1,8 @@
 """From a config, a machine and a number of ranks to a frozen plan, before anything heavy is imported or started.
 
 `problems` (checks.py) says everything that is wrong at once; `make_plan` derives what follows from the settings: batch arithmetic,
-memory, FLOPs, DeepSpeed's own config and the run's id; `describe` prints it.
+memory, FLOPs, DeepSpeed's own config and the run's id; auto.py says what can be chosen where a setting is left to the plan; `describe`
+prints it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tunesmith import matmul
-from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Compute, Config, EngineKind, Method, Train, changed, leaves
-from tunesmith.hardware import CARDS, Machine
+from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, Method, Train, changed, leaves
+from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
-from tunesmith.plan.checks import PlanError, device_gib, goes_with, problems, target, varies
+from tunesmith.plan.auto import KEPT, engine_choices, left_to_plan, said_left, with_type
+from tunesmith.plan.checks import PlanError, device_gib, problems, target, varies
 from tunesmith.plan.deepspeed import deepspeed_config
 from tunesmith.plan.flops import Flops, step_flops
 from tunesmith.plan.memory import BYTES, TARGET_SHARE, memory_gib, state_number_bytes, tiles_gib
@@ -219,8 +220,10 @@ def make_plan(
     what it chose when this run began, if its checkpoints are of it.
     """
 
+    typed_id = run_id(config)  # whatever is chosen: that may change when the data is counted, and the folder stays
+
     def plan(tried: Config) -> Plan:
-        return _plan(tried, machine, world_size, counts, local_size, model_folder, micro_limit)
+        return _plan(tried, typed_id, machine, world_size, counts, local_size, model_folder, micro_limit)
 
     typed, why = with_type(config, machine, (kept or {}).get("precision.compute", ""))
     if left := left_to_plan(config):
@@ -230,61 +233,11 @@ def make_plan(
         if not choices:
             began = ", ".join(f"{path}={json.dumps(value)}" for path, value in (kept or {}).items() if path in left)
             fact = f"this run began with {began}, which {world_size} ranks cannot have"
-            raise PlanError([f"{_said_left(config)}: {fact} — start as many ranks as before, or a run of its own with name=..."])
+            raise PlanError([f"{said_left(config)}: {fact} — start as many ranks as before, or a run of its own with name=..."])
         found = _fastest(typed, choices, plan)
     else:
         found = plan(typed)
-    return replace(found, run_id=run_id(config), notes=[*why, *found.notes])
-
-
-def with_type(config: Config, machine: Machine, begun: str = "") -> tuple[Config, list[str]]:
-    """The config with a type in place of precision.compute=auto, and a line that says why; raises PlanError where nobody can tell.
-
-    begun: the type that this run's checkpoints are of.
-    """
-    if config.precision.compute is not Compute.auto:
-        return config, []
-    if begun:
-        return changed(config, {"precision.compute": Compute(begun)}), [f"precision.compute=auto: {begun}, as this run began with it"]
-    if config.hardware.card not in ("any", "cpu", *CARDS):
-        return changed(config, {"precision.compute": Compute.fp32}), []  # `problems` says so
-    on_cpu, card = target(config, machine)
-    if not on_cpu and card is None:
-        raise PlanError(
-            [
-                f"precision.compute=auto: {machine.device_names[0]} has no row in the card table — type precision=bf16 where its compute "
-                "capability is 8.0 or higher, else precision=fp16"
-            ]
-        )
-    if on_cpu or card is None:
-        chosen, why = Compute.fp32, "the fastest type on a CPU"
-    else:
-        capability = ".".join(map(str, card.capability))
-        chosen, why = Compute.fp16, f"as capability {capability} has no units for bf16"
-        if card.capability >= BF16_FROM:
-            chosen, why = Compute.bf16, f"which capability {capability} has units for, and which needs no loss scaling"
-    return changed(config, {"precision.compute": chosen}), [f"precision.compute=auto: {chosen.value}, {why}"]
-
-
-SPLITTING = ("engine.zero", "engine.offload", "engine.fsdp")
-"""Where a run's state lies, which its checkpoints depend on."""
-KEPT = (*SPLITTING, "precision.compute")
-"""What a run goes on with as it began, where it was left to the plan."""
-BF16_FROM = (8, 0)
-"""Compute capability."""
-LEFT_TO_PLAN = (*SPLITTING, "engine.checkpointing")
-"""What can be."""
-
-
-def left_to_plan(config: Config) -> tuple[str, ...]:
-    """The settings that the plan chooses: those on auto, or all with engine.fit."""
-    given = dict(leaves(config))
-    return LEFT_TO_PLAN if config.engine.fit else tuple(path for path in LEFT_TO_PLAN if given[path] == AUTO)
-
-
-def _said_left(config: Config) -> str:
-    """What was typed to leave settings to the plan."""
-    return "engine.fit" if config.engine.fit else ", ".join(f"{path}=auto" for path in left_to_plan(config))
+    return replace(found, notes=[*why, *found.notes])
 
 
 def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callable[[Config], Plan]) -> Plan:
@@ -304,43 +257,15 @@ def _fastest(config: Config, choices: Sequence[Mapping[str, Any]], plan: Callabl
         raise refusal
     best, *others = sorted(fitting, key=lambda one: one.step_s or one.flops.executed)
     beaten = f", before {engine_words(others[0].config)} ({others[0].step_s:.3g} s)" if others and others[0].step_s else ""
-    note = f"{_said_left(config)}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
+    note = f"{said_left(config)}: {engine_words(best.config)} is the fastest of {len(fitting)} that fit{beaten}"
     return replace(best, notes=[note, *best.notes])
 
 
-def engine_choices(config: Config, world_size: int, left: Sequence[str] = LEFT_TO_PLAN) -> Iterator[dict[str, Any]]:
-    """What can be chosen for the settings that are left to the plan, the thriftiest with memory last: ZeRO's stages and offload, or DDP and
-    FSDP2, each without recomputation, with some layers recomputed, and with all; of these, what can be with the other settings.
-
-    What is left to the plan and the config's engine has not is its default.
-    """
-    deepspeed, every = config.engine.kind is EngineKind.deepspeed, config.engine.checkpoint_every
-    own = {"engine.zero": (0, 1, 2, 3), "engine.offload": (False, True)} if deepspeed else {"engine.fsdp": (False, True)}
-    given, defaults = dict(leaves(config)), dict(leaves(Config()))
-
-    def values(path: str) -> Sequence[Any]:
-        return own.get(path, (defaults[path],)) if path in left else (given[path],)
-
-    recomputed: list[dict[str, Any]] = [{}]
-    if "engine.checkpointing" in left and every < 1:
-        recomputed = [{"engine.checkpointing": True}]  # so that `problems` sees that number
-    elif "engine.checkpointing" in left:
-        some = every if every > 1 and not config.engine.fit else 2
-        recomputed = [{"engine.checkpointing": n > 0, "engine.checkpoint_every": max(1, n)} for n in (0, some, 1)]
-    least = changed(config, {**{path: values(path)[0] for path in SPLITTING}, **recomputed[0]})
-    for fsdp, offload, zero in product(values("engine.fsdp"), values("engine.offload"), values("engine.zero")):
-        if deepspeed and "engine.zero" in left and world_size == 1 and zero not in (0, 2 * offload):
-            continue  # it splits nothing
-        place = {"engine.zero": zero, "engine.offload": offload, "engine.fsdp": fsdp}
-        if goes_with(least, place, world_size):
-            for again in recomputed:
-                yield {**place, **again}
-
-
 def _plan(
-    config: Config, machine: Machine, world_size: int, counts: Counts, local_size: int, model_folder: Path | None, micro_limit: int
+    config: Config, typed_id: str, machine: Machine, world_size: int, counts: Counts, local_size: int, model_folder: Path | None,
+    micro_limit: int,
 ) -> Plan:  # fmt: skip
-    """The plan of a config in which nothing is left to choose but the micro-batch, without the run's id: that is of what was typed."""
+    """The plan of a config in which nothing is left to choose but the micro-batch."""
     shape, unknown = None, []
     try:
         shape = shape_of(str(model_folder or config.model.path), config.model.known_as)
@@ -414,7 +339,7 @@ def _plan(
     memory["weights"] += tiles
     plan = Plan(
         name=config.name,
-        run_id="",
+        run_id=typed_id,
         steps=steps,
         epochs=epochs,
         conversations=conversations or 0,
