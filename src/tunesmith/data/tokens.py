@@ -76,8 +76,9 @@ class FastTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.digest = hashlib.sha256(serialised.encode()).hexdigest()
-        self._words = Words(self._backend) if splits_at_blanks(serialised) else None
-        self.marks = marks(serialised) if self._words is not None else None
+        about = json.loads(serialised)  # once: a large vocabulary takes 0.2 s
+        self._words = Words(self._backend) if splits_at_blanks(about) else None
+        self.marks = marks(about) if self._words is not None else None
         """A pattern of its special tokens and the id of each, where a text may be cut at them."""
         self.added_tokens_decoder = self._backend.get_added_tokens_decoder()
 

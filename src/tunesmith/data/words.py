@@ -7,7 +7,6 @@ a piece always ends, whatever stands around it, and what lies between two such p
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -48,12 +47,12 @@ class Words(dict[str, bytes]):
         return [np.frombuffer(b"".join(map(self.__getitem__, BOUNDARY.split(text))), np.int32) for text in texts]
 
 
-def marks(serialised: str) -> tuple[re.Pattern[str], dict[str, np.ndarray]] | None:
-    """A pattern of a tokenizer's special tokens (from its tokenizer.json) and the id of each; None where one takes more than itself.
+def marks(about: dict[str, Any]) -> tuple[re.Pattern[str], dict[str, np.ndarray]] | None:
+    """A pattern of a tokenizer's special tokens (of its tokenizer.json) and the id of each; None where one takes more than itself.
 
     Of several at one place the longest is taken, as the library does.
     """
-    added = json.loads(serialised).get("added_tokens", ())
+    added = about.get("added_tokens", ())
     special = sorted((token["content"] for token in added if token["special"]), key=len, reverse=True)
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     takes_more = any(token[flag] for token in added if token["special"] for flag in flags)
@@ -65,9 +64,8 @@ def marks(serialised: str) -> tuple[re.Pattern[str], dict[str, np.ndarray]] | No
     return re.compile(f"({'|'.join(map(re.escape, special))})"), ids
 
 
-def splits_at_blanks(serialised: str) -> bool:
+def splits_at_blanks(about: dict[str, Any]) -> bool:
     """Whether the memory may stand in front of this tokenizer (its tokenizer.json)."""
-    about = json.loads(serialised)
     model, normalizer = about["model"], about.get("normalizer")
     # An added token that is no special one is found in plain text too, and may reach over blanks.
     added = [token for token in about.get("added_tokens", ()) if not token["special"]]
