@@ -14,27 +14,35 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import random
 import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
+from heapq import heapify, heappop, heappush
+from itertools import combinations as combined
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunesmith import checkpoint, engine, loop, metrics, model
 from tunesmith.compose import compose
-from tunesmith.config import Base, Batching, Compute, Config
+from tunesmith.config import Base, Batching, Compute, Config, Int8, changed, leaves
 from tunesmith.data.batches import Batches
 from tunesmith.data.examples import ListedExamples
 from tunesmith.data.layout import Example
 from tunesmith.hardware import prepare_environment, this_machine
+from tunesmith.model.int8 import quantise_layers
 from tunesmith.plan import Counts, Plan, PlanError, make_plan
 from tunesmith.run import leave
 from tunesmith.world import World, this_world
@@ -44,7 +52,7 @@ METHODS = {
     "LoRA": ["method=lora"],
     "rsLoRA": ["method=lora", "method.rslora=true"],
     "DoRA": ["method=lora", "method.dora=true"],
-    "LoRA+": ["method=lora", "method.b_lr_ratio=4"],
+    "LoRA+": ["method=lora", "method.b_lr_ratio=2"],
     "LoRA from layer 1": ["method=lora", "method.first_layer=1"],
     "LoRA to layer 0": ["method=lora", "method.last_layer=0"],
     "LoRA and embedding": ["method=lora", "method.modules_to_save=[embed_tokens]"],
@@ -69,17 +77,23 @@ OPTIMIZERS = {
     "AdamW": [],
     "AdamW 8 bit": ["optim.name=adamw_8bit"],
     "paged AdamW 8 bit": ["optim.name=paged_adamw_8bit"],
-    "Adafactor": ["optim.name=adafactor"],
-    "SGD": ["optim.name=sgd", "optim.lr=0.1"],
+    "Adafactor": ["optim.name=adafactor", "optim.lr=3e-3"],
+    "SGD": ["optim.name=sgd", "optim.lr=1"],
 }
 CHECKPOINTING = {"": [], "checkpointing": ["engine.checkpointing=true"], "checkpointing every 2": ["engine.checkpointing=true", "engine.checkpoint_every=2"]}
 SOME = ("full", "LoRA", "QLoRA (NF4)", "prefix")
 """Of each way to keep weights one method: for what does not look at the method."""
+USUAL = ("LoRA", "Accelerate", "fp32", "AdamW", "")
 STEPS, SAVED = 4, 2
+LOOKED_AT = 2
+"""Conversations whose logits are compared."""
+Names = tuple[str, str, str, str, str]
+"""Of a combination: method, engine, precision, optimizer, checkpointing."""
+TABLES: tuple[dict[str, list[str]], ...] = (METHODS, ENGINES, PRECISIONS, OPTIMIZERS, CHECKPOINTING)
 
 
-def combinations() -> Iterator[tuple[str, str, str, str, str]]:
-    """(method, engine, precision, optimizer, checkpointing): every method and engine, then one thing more at a time."""
+def combinations() -> Iterator[Names]:
+    """Every method and engine, then one thing more at a time."""
     spread = [name for name in ENGINES if "offload" not in name]
     yield from ((*names, "fp32", "AdamW", "") for names in product(METHODS, spread))
     yield from ((*names, "fp32", "AdamW", "") for names in product(SOME, ENGINES) if names[1] not in spread)
@@ -90,9 +104,54 @@ def combinations() -> Iterator[tuple[str, str, str, str, str]]:
         yield from ((*names, "fp32", "AdamW", checkpointing) for names in product(methods, ("Accelerate", "ZeRO 3")))
 
 
+Pair = tuple[int, str, int, str]
+"""Two things of a combination, each with its place there."""
+
+
+def pairs(names: Names) -> set[Pair]:
+    """Any two things that are together in a combination."""
+    return {(i, names[i], j, names[j]) for i, j in combined(range(len(names)), 2)}
+
+
+def alone(pair: Pair) -> Names:
+    """The combination in which these two are all that is chosen."""
+    chosen = list(USUAL)
+    chosen[pair[0]], chosen[pair[2]] = pair[1], pair[3]
+    return chosen[0], chosen[1], chosen[2], chosen[3], chosen[4]
+
+
+def mixtures(is_legal: Callable[[Names], bool]) -> list[Names]:
+    """Several things at a time: so few combinations that any two things which go together are together in one that trains."""
+    everything: list[Names] = list(product(*TABLES))
+    apart = {pair for names in everything for pair in pairs(names)}
+    apart = {pair for pair in apart if not is_legal(alone(pair))}
+    met = {pair for names in combinations() for pair in pairs(names)}
+    found = []
+    random.Random(0).shuffle(everything)  # else those of equal worth would have the same neighbours
+    heap = [(-len(of - met), number) for number, names in enumerate(everything) if not (of := pairs(names)) & apart]
+    heapify(heap)
+    while heap:
+        worth, number = heappop(heap)
+        names = everything[number]
+        if (now := -len(pairs(names) - met)) != worth:  # others have met some since; it only becomes less
+            heappush(heap, (now, number))
+        elif worth and is_legal(names):
+            met |= pairs(names)
+            found.append(names)
+    return found
+
+
+def name_of(names: Names) -> str:
+    return "/".join(filter(None, names))
+
+
+def named(name: str) -> Names:
+    method, engine, precision, optimizer, *checkpointing = name.split("/")
+    return method, engine, precision, optimizer, "".join(checkpointing)
+
+
 def words_of(names: Sequence[str]) -> list[str]:
-    tables: tuple[dict[str, list[str]], ...] = (METHODS, ENGINES, PRECISIONS, OPTIMIZERS, CHECKPOINTING)
-    return [word for table, name in zip(tables, names, strict=True) for word in table[name]]
+    return [word for table, name in zip(TABLES, names, strict=True) for word in table[name]]
 
 
 def conversations(count: int, vocabulary: int) -> list[Example]:
@@ -120,7 +179,34 @@ class Walk:
 
     def plan(self, words: Sequence[str]) -> tuple[Config, Plan]:
         config = compose([*self.common, *words])
-        return config, make_plan(config, self.machine, self.world.size, Counts(len(self.examples), longest_tokens=30), model_folder=self.folder)
+        return config, self.planned(config, self.world.size)
+
+    def planned(self, config: Config, ranks: int) -> Plan:
+        return make_plan(config, self.machine, ranks, Counts(len(self.examples), longest_tokens=30), model_folder=self.folder)
+
+    def typed(self, words: Sequence[str]) -> Config:
+        """What these words compose to, each composed once: Hydra takes fifteen times as long as the plan."""
+        return changed(self.usual, {path: value for word in words for path, value in self.meaning(word).items()})
+
+    @cached_property
+    def usual(self) -> Config:
+        return compose(self.common)
+
+    @cache  # noqa: B019  # there is one walk in a process
+    def meaning(self, word: str) -> dict[str, Any]:
+        """What a word sets: one setting, or all of a group."""
+        path = word.partition("=")[0]
+        composed = compose([*self.common, word])
+        named = [name for name, _ in leaves(composed) if name == path or name.startswith(f"{path}.")]
+        return {name: attrgetter(name)(composed) for name in named}
+
+    def is_legal(self, names: Names) -> bool:
+        """With two ranks, which more goes together with than with one."""
+        try:
+            self.planned(self.typed(words_of(names)), 2)
+        except PlanError:
+            return False
+        return True
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
         """What becomes of a combination: trains, or refused with the plan's lines; raises AssertionError where it breaks a promise."""
@@ -129,12 +215,12 @@ class Walk:
         try:
             config, plan = self.plan(words)
         except PlanError as error:
-            instead = self.instead(words, error.problems)
+            instead = self.instead(words, error.problems, self.world.size)
             return {"names": names, "ranks": self.world.size, "outcome": "refused", "lines": error.problems, "instead": instead}
         facts = self.train(config, plan)
         return {"names": names, "ranks": self.world.size, "outcome": "trains", "seconds": round(time.perf_counter() - start, 2), **facts}
 
-    def instead(self, words: Sequence[str], lines: Sequence[str]) -> list[str]:
+    def instead(self, words: Sequence[str], lines: Sequence[str], ranks: int) -> list[str]:
         """What the refusal says to type, which must be legal."""
         typed = list(words)
         for _ in range(3):  # what is typed for one line may meet another rule
@@ -144,12 +230,22 @@ class Walk:
                 assert first and all(re.fullmatch(r"[a-z_.]+=\S*", word) for word in first), line
                 typed += first
             try:
-                self.plan(typed)
+                self.planned(self.typed(typed), ranks)
             except PlanError as error:
                 lines = error.problems
             else:
                 return typed[len(words) :]
         raise AssertionError(f"{words}: typing {typed[len(words) :]} is refused too: {lines}")
+
+    def foresee(self, names: Names, ranks: int) -> bool:
+        """Whether a combination is legal, without training it; raises AssertionError where what the refusal says to type is not."""
+        words = words_of(names)
+        try:
+            self.planned(self.typed(words), ranks)
+        except PlanError as error:
+            self.instead(words, error.problems, ranks)
+            return False
+        return True
 
     def train(self, config: Config, plan: Plan) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -159,6 +255,7 @@ class Walk:
             batches = parts.batches.micro_batches(0, self.world.rank, self.world.size)
             before, frozen, first = copied(worker.trained_state()), fingerprint(worker), mean(worker.evaluate(batches))
             assert all(weight.dtype is torch.float32 for weight in trained(worker)) or plan.deepspeed, "trainable weights are fp32"
+            assert not innermost(worker).state, "the optimizer has taken a step already"
             for step in range(SAVED):
                 numbers = loop.take_step(parts, step)
                 assert 0 < numbers["speed/mfu"] <= numbers["speed/hfu"] < 1, numbers
@@ -172,8 +269,10 @@ class Walk:
                 same = [name for name in before if torch.equal(before[name], after[name])]
                 assert not same, f"not trained: {same}"
             checkpoint.export(worker, place / "result")
+            with torch.no_grad(), worker.for_generation() as inside:  # by all ranks: each may have a part of the weights
+                logits = [logits_of(inside, example) for example in list(self.examples)[:LOOKED_AT]]
             if self.world.is_main:
-                self.read_again(config, place / "result", after, last)
+                self.read_again(config, place / "result", after, last, logits)
             worker.close()
 
             again = self.parts(config, plan, place)
@@ -195,19 +294,18 @@ class Walk:
         nothing: Any = None
         return loop.Training(config, plan, worker, batches, [], meter, sensors, nothing, saves, nothing)
 
-    def read_again(self, config: Config, result: Path, after: dict[str, torch.Tensor] | None, loss: float) -> None:
-        """The result, loaded the plain way, gives the loss that training ended with; beside a quantised base, the same weights."""
+    def read_again(
+        self, config: Config, result: Path, after: dict[str, torch.Tensor] | None, loss: float, logits: Sequence[torch.Tensor]
+    ) -> None:
+        """The result, loaded the plain way, gives the logits and the loss that training ended with."""
         assert after is not None
-        if config.method.base is not Base.as_is:
-            from safetensors.torch import load_file
-
-            saved = load_file(result / "adapter_model.safetensors")
-            stored = {name.removeprefix("model.").replace(".default", ""): weight for name, weight in after.items()}
-            assert saved.keys() == stored.keys()
-            assert all(torch.equal(saved[name], stored[name]) for name in saved)
-            return
-        found = plain_loss(model.read_adapter(result, self.folder), list(self.examples))
-        room = 1e-4 if config.precision.compute is Compute.fp32 else 0.03
+        loaded, examples = plain(config, self.folder, result), list(self.examples)
+        room = 1e-4 if config.precision.compute is Compute.fp32 and config.method.base is Base.as_is else 0.03
+        for example, given in zip(examples, logits, strict=False):
+            found = logits_of(loaded, example)
+            apart = float((found - given).norm() / found.norm())
+            assert apart < room, f"the export's logits are {apart:.2g} of their norm away from the run's"
+        found = plain_loss(loaded, examples)
         assert abs(found - loss) < room * loss, f"the export's loss is {found}, the run's {loss}"
 
 
@@ -226,6 +324,15 @@ def trained(worker: engine.Engine) -> list[torch.Tensor]:
     return [weight for weight in worker.loss_module.parameters() if weight.requires_grad]
 
 
+def innermost(worker: engine.Engine) -> torch.optim.Optimizer:
+    """The optimizer that was made for it, inside of what Accelerate and DeepSpeed put around it."""
+    found: Any = worker
+    while hasattr(found, "engine") or hasattr(found, "optimizer"):
+        found = found.engine if hasattr(found, "engine") else found.optimizer
+    assert isinstance(found, torch.optim.Optimizer)
+    return found
+
+
 def fingerprint(worker: engine.Engine) -> str:
     """Of what this rank holds of all frozen weights."""
     total = hashlib.sha256()
@@ -241,15 +348,38 @@ def mean(found: tuple[float, int]) -> float:
     return found[0] / found[1]
 
 
+def plain(config: Config, folder: Path, result: Path) -> Any:
+    """A result as transformers, PEFT and bitsandbytes load it, on the base that it was trained beside; int8 by our own layers is ours."""
+    if config.method.base is Base.as_is:
+        return model.read_adapter(result, folder)
+    dtype = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[config.precision.compute.value])
+    given: dict[str, Any] = {}
+    if config.method.base is Base.nf4:
+        given["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    elif config.precision.int8 is Int8.bnb:
+        given["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+    if not given:
+        quantise_layers(base, torch.device("cpu"))
+    return PeftModel.from_pretrained(base, result).eval()
+
+
 @torch.no_grad()
+def logits_of(loaded: Any, example: Example) -> torch.Tensor:
+    """[tokens, vocabulary] of a conversation alone, by the library's own forward."""
+    ids = torch.from_numpy(example.ids.astype(np.int64))[None]
+    logits: torch.Tensor = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]  # behind virtual tokens
+    return logits.float()
+
+
 def plain_loss(loaded: Any, examples: Sequence[Example]) -> float:
-    """Nats a target token, each conversation alone, by the library's own forward."""
+    """Nats a target token, each conversation alone."""
     total, count = 0.0, 0
     for example in examples:
-        ids = torch.from_numpy(example.ids.astype(np.int64))[None]
-        logits = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]  # behind virtual tokens
-        targets = torch.from_numpy(example.targets[1:])
-        total += float(F.cross_entropy(logits[:-1][targets].float(), ids[0, 1:][targets], reduction="sum"))
+        logits, targets = logits_of(loaded, example), torch.from_numpy(example.targets[1:])
+        total += float(F.cross_entropy(logits[:-1][targets], torch.from_numpy(example.ids[1:].astype(np.int64))[targets], reduction="sum"))
         count += int(targets.sum())
     return total / count
 
@@ -285,9 +415,9 @@ def page(walks: Sequence[Sequence[dict[str, Any]]]) -> str:
         "- the loss falls, and HFU is at least MFU and below 1;",
         "- every weight that is to be trained has changed, in fp32 (DeepSpeed's halves: beside an fp32 copy), and no other has, to the bit;",
         "- a run that goes on from a checkpoint ends with the same bits as one that never stopped;",
-        "- the loss is that of one process by Accelerate in fp32 (to 0.1 %, in halves to 5 %);",
-        "- the export, loaded by plain transformers and PEFT, has the loss that training ended with (to 1e-4, in halves to 3 %); "
-        "beside a quantised base, the same weights to the bit.", "",
+        "- the loss is that of one process by Accelerate in fp32 (to 0.1 %, in halves to 2 %), where that is here;",
+        "- the export, loaded by plain transformers, PEFT and bitsandbytes, gives the logits and the loss that training ended with "
+        "(to 1e-4, in halves and beside a quantised base to 3 %; logits: of their norm).", "",
         "A refusal is a line with what to type instead, and the test types it: what comes out is legal. "
         "What a card can do is in [doctor.md](doctor.md); what its memory holds, `tunesmith plan --fit` says. No card has run this test yet.", "",
         "## Methods and engines", "", "fp32, AdamW.", "",
@@ -306,6 +436,14 @@ def page(walks: Sequence[Sequence[dict[str, Any]]]) -> str:
             checkpointing, methods, ["Accelerate", "ZeRO 3"],
             lambda row, column, checkpointing=checkpointing: (row, column, "fp32", "AdamW", checkpointing),
         )  # fmt: skip
+    mixed = [tuple(record["names"]) for record in walks[0] if tuple(record["names"]) not in set(combinations())]
+    lines += [
+        "## Several things at a time", "",
+        "Chosen so that any two things which go together are together in one of these or above. "
+        "What three or more together are refused for, the plan knows: a test asks it for a thousand of the others.", "",
+        "| method | engine | type | optimizer | checkpointing | ranks |", "|---" * 6 + "|",
+        *(f"| {' | '.join(names)} | {cell(*names)} |" for names in mixed), "",
+    ]  # fmt: skip
     lines += ["## Why not", "", *(f"{number}. {reason}" for reason, number in reasons.items())]
     return "\n".join(lines) + "\n"
 
@@ -322,9 +460,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # thousands of modules come and go: the collector need not look at the libraries each time
     records = []
-    for names in combinations():
-        if only and "/".join(filter(None, names)) not in only:
-            continue
+    for names in [named(each) for each in only] or [*combinations(), *mixtures(walk.is_legal)]:
         try:
             records.append(walk.record(names))
         except Exception as error:

@@ -150,7 +150,7 @@ def test_parts_that_are_settings_reach_the_config() -> None:
     asked = {"train": "train.jsonl", "dev": "dev.jsonl", "steps": 4, "per_step": 8, "lr": 1e-4, "threads": 2}
     rows = ablation.rows()
     configs = {name: settings({**asked, "overrides": rows[name].settings}) for name in (AS_IT_IS, PLAIN, f"+ {INT8}")}
-    assert [configs[name].train.micro_batch for name in configs] == [0, 1, 0]
+    assert [configs[name].train.micro_batch for name in configs] == ["auto", 1, "auto"]
     assert [(config.method.base, config.precision.int8) for config in configs.values()][::2] == [(Base.as_is, Int8.bnb), (Base.int8, Int8.dynamic)]
 
 

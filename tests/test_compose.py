@@ -138,6 +138,7 @@ ONE_MISTAKE = {
     "fraction for a number or auto": ("engine.zero=2.5", "engine.zero: 2.5 is not a whole number, and not auto"),
     "nothing for a switch or auto": ("engine.offload=null", "override engine.offload=null: engine.offload: None is not true or false, and not auto"),
     "word for a number or auto": ("engine.zero=most", "engine.zero: 'most' is not a whole number, and not auto"),
+    "fraction for a micro-batch": ("train.micro_batch=1.5", "train.micro_batch: 1.5 is not a whole number, and not auto"),
     "nothing": ("data.system=null", "override data.system=null: data.system: None is not text"),
     "word for a list": ("method.targets=q_proj", "override method.targets=q_proj: method.targets: 'q_proj' is not a list [a,b]"),
     "value for a section": ("optim=5", "override optim=5: optim is a section, not a value — write optim.KEY=..., KEY one of name, lr, "),

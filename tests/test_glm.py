@@ -579,7 +579,7 @@ def test_glm4_reads_the_tokenizer_of_its_twin(publish: Callable[..., Path], tiny
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("ranks", "method"), [(1, ["method.targets=[query_key_value]"]), (2, ["method=full", "engine.zero=3"])], ids=["lora", "full, ZeRO 3"]
+    ("ranks", "method"), [(1, ["method.targets=[query_key_value]", "method.b_lr_ratio=4"]), (2, ["method=full", "engine.zero=3"])], ids=["LoRA+", "full, ZeRO 3"]
 )
 def test_train_evaluate_chat_and_write_back(
     publish: Callable[..., Path], overrides: list[str], ranks: int, method: list[str], tmp_path: Path

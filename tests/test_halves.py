@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.test_model import config_for, examples
 from tunesmith.compose import compose
-from tunesmith.config import Base, Batching, Compute, Config, Refusal
+from tunesmith.config import Base, Batching, Compute, Config, Int8, Refusal
 from tunesmith.data.layout import lay_out
 from tunesmith.hardware import Machine
 from tunesmith.model import TargetLoss, build_model, for_generation
-from tunesmith.model.halves import LARGEST, Range, advice, widest
+from tunesmith.model.halves import LARGEST, Probe, Range, advice, probe
 from tunesmith.plan import PlanError, make_plan
 
 CPU = torch.device("cpu")
@@ -39,15 +39,22 @@ def built(folder: Path, compute: Compute = Compute.fp16, layers: tuple[str, ...]
     return config, build_model(config, folder, CPU)
 
 
-def looked_at(module: TargetLoss) -> Range:
+def probed(module: TargetLoss) -> Probe:
     with torch.autocast("cpu", dtype=torch.float16):
-        return widest(module, lay_out(examples(3), Batching.ragged))
+        return probe(module, lay_out(examples(3), Batching.ragged))
+
+
+def looked_at(module: TargetLoss) -> Range:
+    return probed(module).widest
 
 
 def test_inside_the_range_nothing_changes(tmp_path: Path) -> None:
     _, module = built(grown(tmp_path, "mlp.down_proj", 1.0))
+    before = {name: weight.clone() for name, weight in module.named_parameters()}
     found = looked_at(module)
     assert not found.overflows and 0 < found.largest < LARGEST
+    for name, weight in module.named_parameters():
+        assert weight.dtype is before[name].dtype and torch.equal(weight, before[name])
     assert module.training and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
@@ -65,6 +72,25 @@ def test_the_layer_that_overflows_is_named_with_its_size(part: str, tmp_path: Pa
     wide(lay_out(examples(3), Batching.ragged))
     assert found.largest == pytest.approx(seen[0], rel=0.01) and seen[0] > LARGEST
     assert f"gives {found.largest:,.0f}" in advice(found, config) and "precision.fp32_layers=[layers.1], which" in advice(found, config)
+
+
+def test_a_layer_whose_numbers_vanish_in_fp16_is_furthest_from_fp32(tmp_path: Path) -> None:
+    """2^-24 is fp16's smallest number: of 1e-6, some 17 of them, it has 4 bits left."""
+    _, module = built(grown(tmp_path, "self_attn.v_proj", 1.0))
+    usual = probed(module).roughest
+    assert 0 < usual.error < 2e-3, "11 bits"
+    _, module = built(grown(tmp_path, "self_attn.v_proj", 1e-6))
+    rough = probed(module).roughest
+    assert rough.name.endswith("layers.1.self_attn.v_proj.base_layer") and rough.error > 5 * usual.error
+
+
+@pytest.mark.parametrize(("base", "dynamic"), [(Base.nf4, False), (Base.int8, True), (Base.int8, False)])
+def test_quantised_layers_are_looked_at_in_both_types(base: Base, dynamic: bool, tmp_path: Path) -> None:
+    """bitsandbytes multiplies int8 in halves alone: of those the range alone is known."""
+    config = config_for(grown(tmp_path, "mlp.up_proj", 1.0), base=base, r=4)
+    config.precision.compute, config.precision.int8 = Compute.fp16, Int8.dynamic if dynamic else Int8.bnb
+    found = probed(build_model(config, tmp_path, CPU))
+    assert not found.widest.overflows and 0 < found.roughest.error < 0.05
 
 
 def test_a_product_before_a_layer_is_told_from_the_layer(tmp_path: Path) -> None:

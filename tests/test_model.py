@@ -226,7 +226,7 @@ def test_a_model_that_is_quantised_already_is_refused(tiny_model: Path, tmp_path
     shutil.copytree(tiny_model, tmp_path / "stored")
     told = json.loads((tiny_model / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "stored" / "config.json").write_text(json.dumps(told))
-    with pytest.raises(Refusal, match=r"its weights are quantised already \(bitsandbytes\) — name the model that it was made from"):
+    with pytest.raises(Refusal, match=r"its weights are quantised already \(bitsandbytes\) — type model\.path= the model that it was made from"):
         check_source(Model(path=str(tmp_path / "stored")))
 
 

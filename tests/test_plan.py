@@ -464,6 +464,7 @@ ON_A10 = {"hardware__card": "a10", "precision__compute": Compute.bf16}
         ({"eval__conversations": -5}, "eval.conversations=-5: must not be negative", "eval.conversations=200"),
         ({"data__prepare_train": 0}, "data.prepare_train=0: must be at least 1", "data.prepare_train=4000"),
         ({"data__max_tokens": 9000}, "data.max_tokens=9000: smollm2-135m knows 8192 positions", "data.max_tokens=8192"),
+        ({"train__micro_batch": 0}, "train.micro_batch=0: must be at least 1", "train.micro_batch=auto"),
         ({"train__micro_batch": 17}, "train.micro_batch=17: a rank has only 16", "train.micro_batch=16"),
         ({"train__steps": 10}, "optim.warmup_steps=10: the run has only 10 steps", "optim.warmup_steps=1"),
         ({"engine__zero": 4}, "engine.zero=4: ZeRO has stages 0 to 3", "engine.zero=2"),
@@ -951,6 +952,13 @@ def test_dropout_under_dora_is_told_what_it_costs_on_nf4() -> None:
     weights = dropped.shape.matmul_weights_per_layer * dropped.shape.layers
     assert kept == pytest.approx(weights * 2 / 2**30, rel=0.05), "in bf16"
     assert note.endswith("type method.dropout=0")
+
+
+def test_a_model_that_is_quantised_already_is_refused_by_the_plan(tmp_path: Path) -> None:
+    """Before a submission too, which reads nothing of the model but this file."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}))
+    (line,) = refused(config_of(model__path=str(tmp_path)), A10S, 4)
+    assert line.startswith(f"model.path={tmp_path}: its weights are quantised already (gptq) — type model.path= ")
 
 
 def test_what_fits_is_a_table() -> None:

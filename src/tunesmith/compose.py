@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, IntegerNode, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tunesmith.config import AUTO, Config, Engine, Refusal, changed
+from tunesmith.config import AUTO, Config, Refusal, changed, leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -40,7 +40,7 @@ def typed(composed: DictConfig) -> Config:
         if not missing:
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
-            left = {f"engine.{item.name}": getattr(config.engine, item.name) for item in fields(config.engine) if item.type in OR_AUTO}
+            left = {path: value for path, value in leaves(config) if _kind_beside_auto(path)}
             if wrong := [line for key, value in left.items() for line in _wrong_word(key, value)]:
                 raise Refusal("\n".join(wrong))
             return changed(config, {key: _number_or_auto(key, value) for key, value in left.items()})
@@ -203,7 +203,9 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
 def _kind_beside_auto(key: str) -> str:
     """How config.py calls the type of a setting that can be left to the plan; empty for others."""
     section, _, name = key.partition(".")
-    return next((item.type for item in fields(Engine) if section == "engine" and item.name == name and item.type in OR_AUTO), "")
+    group = getattr(Config(), section, None)
+    kinds = {item.name: item.type for item in fields(group)} if is_dataclass(group) else {}
+    return str(kinds[name]) if kinds.get(name) in OR_AUTO else ""
 
 
 def _number_or_auto(key: str, value: Any) -> Any:

@@ -331,8 +331,8 @@ class Train:
     """Conversations in one optimizer update, over all ranks and accumulation. The setting; micro_batch is a consequence."""
     tokens_per_step: int = 0
     """Tokens in one optimizer update instead of conversations, about: an epoch is cut where that is nearest. 0: by conversations."""
-    micro_batch: int = 0
-    """Conversations in one forward on one rank; 0: chosen by the plan."""
+    micro_batch: WholeOrAuto = AUTO  # type: ignore[assignment]  # the one such setting that stays: the plan has the number
+    """Conversations in one forward on one rank."""
     seed: int = 0
     """Seed of data order, adapter initialisation and dropout."""
     save_every: int = 50
@@ -346,6 +346,11 @@ class Train:
     result, also of a run that goes to its end. 0: never, and the last weights are the result."""
     log_every: int = 1
     """Steps between lines in metrics.jsonl."""
+
+    @property
+    def least_micro_batch(self) -> int:
+        """Conversations in one forward as set, or where the plan chooses, the fewest that it can."""
+        return 1 if str(self.micro_batch) == AUTO else self.micro_batch
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tunesmith.engine import Engine, is_out_of_memory
 from tunesmith.hardware import Machine
 from tunesmith.metrics import CardSensors, Meter, Rate, Sinks
 from tunesmith.model import DTYPES, FrozenStates, perplexity
-from tunesmith.model.halves import LARGEST, advice, widest
+from tunesmith.model.halves import LARGEST, advice, probe
 from tunesmith.peaks import peak_flops
 from tunesmith.plan import Plan, above_frozen, step_flops
 from tunesmith.plan.shapes import gathers_by_hooks, multiplies_int8
@@ -128,10 +128,15 @@ def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) ->
         return ""
     world = engine.world
     batch = batches_of(config, plan, dataset).micro_batches(0, world.rank, world.size)[0]
-    found = max(engine.gather(widest(engine.loss_module, batch)), key=lambda one: one.largest)
-    if found.overflows:
-        raise Refusal(advice(found, config))
-    return f"fp16     largest value {found.largest:,.0f} of {LARGEST:,.0f}, at {found.name}"
+    of_ranks = engine.gather(probe(engine.loss_module, batch))
+    widest = max((one.widest for one in of_ranks), key=lambda one: one.largest)
+    roughest = max((one.roughest for one in of_ranks), key=lambda one: one.error)
+    if widest.overflows:
+        raise Refusal(advice(widest, config))
+    return (
+        f"fp16     largest value {widest.largest:,.0f} of {LARGEST:,.0f}, at {widest.name}; "
+        f"furthest from fp32, by {100 * roughest.error:.2g} %, {roughest.name}"
+    )
 
 
 def train(parts: Training, done: int) -> tuple[int, str]:

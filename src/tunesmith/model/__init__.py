@@ -196,7 +196,10 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
     if config.engine.checkpointing:
         recompute_layers(model, config)
     if config.precision.fp32_layers:
-        halves.keep_in_fp32(model, config.precision.fp32_layers, device, DTYPES[config.precision.compute])
+        halves.keep_in_fp32(model, config.precision.fp32_layers, device)
+    is_mixed = config.precision.fp32_layers or config.method.modules_to_save
+    if is_mixed and config.precision.compute is not Compute.fp32 and config.engine.kind is not EngineKind.deepspeed:
+        halves.generate_in(model, DTYPES[config.precision.compute], device)
     model.train()
     if (dynamic or config.method.base is Base.as_is) and config.engine.kind is not EngineKind.deepspeed and not config.engine.fsdp:
         # DeepSpeed does so itself, after it has turned fp32 into halves: a 6B model fits a 24 GB card only then. FSDP does so layer by

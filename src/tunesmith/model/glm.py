@@ -16,17 +16,19 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GlmConfig, GlmForCausalLM
 
 from tunesmith.config import Refusal
 from tunesmith.data.glm_tokenizer import GlmTokenizer
 from tunesmith.model.source import free_gib, new_folder
 from tunesmith.plan.shapes import GLM_LAYERS
+
+if TYPE_CHECKING:  # only who converts a model waits for these
+    from transformers import GlmConfig
 
 ORIGINAL, NATIVE = "chatglm", "glm"
 """The model_type of the two layouts."""
@@ -93,6 +95,8 @@ def native_names(name: str) -> list[str] | None:
 
 def native_config(folder: Path) -> GlmConfig:
     """The config of GlmForCausalLM for a folder in the original layout; raises Refusal where the two are not one function."""
+    from transformers import GlmConfig
+
     given = json.loads((folder / "config.json").read_text("utf-8"))
     for key, value in _ALWAYS.items():
         if given.get(key, value) != value:
@@ -129,6 +133,8 @@ def native_config(folder: Path) -> GlmConfig:
 
 def to_native(folder: Path, out: Path) -> None:
     """Write a folder in the original layout as one that transformers, PEFT and bitsandbytes load by themselves: same bits and dtypes."""
+    from transformers import GlmForCausalLM
+
     config = native_config(folder)
     tokenizer = _tokenizer(folder, config)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""fp16 ends at 65,504: which layers go beyond it, and layers that are kept in fp32 for that reason."""
+"""fp16 ends at 65,504 and has 11 bits: which layers go beyond it, or far from fp32, and layers that are kept in fp32 for that reason."""
 
 from __future__ import annotations
 
@@ -19,29 +19,40 @@ if TYPE_CHECKING:
 
 LARGEST = 65504.0
 """Largest number of fp16: (2 - 2^-10) x 2^15."""
-SCALE = 2.0**12
-"""Inputs are divided by it to see how large an output would be: up to 2.7e8 can be told."""
+WIDENED = 2**27
+"""Numbers of a weight that are copied to fp32, half a GB: a card that a model fills has no room for its head once more."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a forward in fp16 came to."""
+    """What one layer came to in fp16."""
 
     name: str
-    """The first layer that left fp16's range; where none did, the one that came nearest."""
     largest: float
     """Its largest absolute value; infinite where that cannot be told."""
     is_input: bool = False
     """Whether it was its input that was too large: a product or a sum before it."""
+    error: float = 0.0
+    """How far it is from what the same layer gives for the same input in fp32, as a share of that one's norm."""
 
     @property
     def overflows(self) -> bool:
         return self.largest > LARGEST
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a forward in fp16 came to."""
+
+    widest: Range
+    """The first layer that left fp16's range; where none did, the one that came nearest."""
+    roughest: Range
+    """The layer that is furthest from fp32."""
+
+
 @torch.no_grad()
-def widest(module: TargetLoss, batch: MicroBatch) -> Range:
-    """Run a micro-batch forward and look at what each linear layer and each norm reads and gives."""
+def probe(module: TargetLoss, batch: MicroBatch) -> Probe:
+    """Run a micro-batch forward in fp16, and each linear layer and each norm once more in fp32, its weights copied for that moment."""
     seen: list[Range] = []
     watched = [(name, part) for name, part in module.named_modules() if _is_watched(part)]
 
@@ -52,10 +63,14 @@ def widest(module: TargetLoss, batch: MicroBatch) -> Range:
             return (_clamped(inputs[0]), *inputs[1:])
 
         def after(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            found = _largest(output)
-            if found > LARGEST and hasattr(part, "in_features"):  # linear: the same of a smaller input, but for the bias
-                found = SCALE * _largest(type(part).forward(part, inputs[0] / SCALE))
-            seen.append(Range(name, found))
+            largest, error = _largest(output), 0.0
+            if output.dtype is not torch.float32 and output.numel() and _has_exact(part):
+                exact = _exactly(part, inputs[0])
+                if largest > LARGEST:
+                    largest = float(exact.abs().max())
+                else:
+                    error = float((output.float() - exact).norm() / exact.norm().clamp_min(1e-30))
+            seen.append(Range(name, largest, error=error))
             return _clamped(output)
 
         yield part.register_forward_pre_hook(before)
@@ -72,7 +87,32 @@ def widest(module: TargetLoss, batch: MicroBatch) -> Range:
         for handle in handles:
             handle.remove()
         module.train(was_training)
-    return next((one for one in seen if one.overflows), max(seen, key=lambda one: one.largest))
+    widest = next((one for one in seen if one.overflows), max(seen, key=lambda one: one.largest))
+    return Probe(widest, max(seen, key=lambda one: one.error))
+
+
+def _has_exact(part: nn.Module) -> bool:
+    """Whether a layer is computed in fp32 too: bitsandbytes multiplies int8 in halves alone."""
+    return type(part).__name__ != "Linear8bitLt" and all(weight.numel() <= WIDENED for weight in part.parameters(recurse=False))
+
+
+def _exactly(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer gives in fp32."""
+    weights = [(weight, weight.data) for weight in part.parameters(recurse=False) if weight.is_floating_point()]
+    compute = getattr(part, "compute_dtype", None)  # of bitsandbytes' 4-bit layers
+    try:
+        for weight, data in weights:
+            weight.data = data.float()
+        if compute is not None:
+            setattr(part, "compute_dtype", torch.float32)  # noqa: B010  # not of nn.Module
+        with torch.autocast(x.device.type, enabled=False):
+            exact: torch.Tensor = type(part).forward(part, x.float())
+    finally:
+        for weight, data in weights:
+            weight.data = data
+        if compute is not None:
+            setattr(part, "compute_dtype", compute)  # noqa: B010  # not of nn.Module
+    return exact
 
 
 def _is_watched(part: nn.Module) -> bool:
@@ -107,7 +147,13 @@ def advice(found: Range, config: Config) -> str:
     )
 
 
-def keep_in_fp32(model: Any, names: Sequence[str], device: torch.device, compute: torch.dtype) -> None:
+def generate_in(model: Any, compute: torch.dtype, device: torch.device) -> None:
+    """Let a model of fp32 and of halves generate: training is under the engine's autocast, and generation has none of its own."""
+    inner = inner_model(model)
+    inner.forward = torch.autocast(device.type, dtype=compute)(inner.forward)
+
+
+def keep_in_fp32(model: Any, names: Sequence[str], device: torch.device) -> None:
     """Let layers compute in fp32, and what comes behind them go on from fp32; raises Refusal for names the model lacks."""
     for wanted in names:
         found = [part for name, part in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
@@ -118,8 +164,6 @@ def keep_in_fp32(model: Any, names: Sequence[str], device: torch.device, compute
             )
         for part in found:
             _in_fp32(part, device)
-    inner = inner_model(model)
-    inner.forward = torch.autocast(device.type, dtype=compute)(inner.forward)  # for generation, which has no autocast of its own
 
 
 def _in_fp32(part: nn.Module, device: torch.device) -> None:

@@ -44,7 +44,8 @@ LEAST_ROWS, MULTIPLE = 32, 8
 class Int8Linear(nn.Linear):
     """A frozen linear layer: weight int8 [outputs, inputs], rotated; scales fp32 [outputs]; bias as it was."""
 
-    scales: nn.Parameter
+    scales: torch.Tensor
+    """Neither parameter nor buffer: DeepSpeed turns all floating parameters into halves, and DDP sends buffers with each forward."""
 
     def __init__(self, layer: nn.Linear, device: torch.device) -> None:
         """Of `layer`, which is emptied."""
@@ -53,14 +54,12 @@ class Int8Linear(nn.Linear):
         layer.weight = nn.Parameter(whole.new_empty(0), requires_grad=False)
         quantised, scales = _quantise([rotated(whole.float().t()).t()], None)
         self.weight = nn.Parameter(quantised, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.scales = scales
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Int8Linear:
-        # An engine that turns a model into halves must not round the scales.
-        scales = self.scales.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scales.data = scales.to(self.weight.device)
+        self.scales = self.scales.to(self.weight.device)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

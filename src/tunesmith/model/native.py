@@ -172,6 +172,9 @@ def attended_back(
 
 # --- calling ---------------------------------------------------------------------------------------------------------
 
+READ = (torch.float32, torch.int8, torch.int32, torch.int64)
+"""Types that C++ is given: halves would be read as half as many numbers of another kind."""
+
 
 def _call(name: str, *given: object) -> None:
     """A function of the library: tensors by their place (None: nowhere), whole numbers as such, the rest as it is."""
@@ -181,6 +184,7 @@ def _call(name: str, *given: object) -> None:
 def _argument(one: object) -> object:
     if isinstance(one, torch.Tensor):
         assert one.is_contiguous()
+        assert one.dtype in READ
         return ctypes.c_void_p(one.data_ptr())
     if one is None:
         return ctypes.c_void_p(None)
@@ -188,6 +192,7 @@ def _argument(one: object) -> object:
 
 
 def _places(tensors: Sequence[torch.Tensor | None]) -> object:
+    assert all(x is None or x.dtype is torch.float32 for x in tensors)
     return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 

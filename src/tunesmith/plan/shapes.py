@@ -271,6 +271,7 @@ def shape_of(path: str, known_as: str = "") -> ModelShape:
     """
     file = Path(path) / "config.json"
     if file.is_file():
+        require_plain(file, path)
         return replace(_read(file), name=known_as or Path(path).name)
     name = known_as or re.sub(r"-(instruct|chat|base)\b", "", path.rstrip("/").rsplit("/", 1)[-1].lower())
     if name in KNOWN:
@@ -284,6 +285,20 @@ def shape_of(path: str, known_as: str = "") -> ModelShape:
     raise ValueError(
         f"{tried}: no local config.json and no known shape — type model.known_as=ROW, one of {', '.join(KNOWN)}"
     )
+
+
+def require_plain(file: Path, path: str) -> None:
+    """Raise ValueError where a config.json says that the weights are stored quantised already: the plan reckons with plain ones."""
+    try:
+        stored = json.loads(file.read_text("utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever reads more of the file says what is wrong with it
+    if stored:
+        kind = stored.get("quant_method", "quantization_config in its config.json") if isinstance(stored, dict) else stored
+        raise ValueError(
+            f"model.path={path}: its weights are quantised already ({kind}) — type model.path= the model that it was made from, and "
+            "method.base=nf4 or method.base=int8 to quantise it"
+        )
 
 
 def shape_needs_files(path: str, known_as: str = "") -> bool:
