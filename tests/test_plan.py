@@ -284,7 +284,7 @@ def test_a_step_is_covered(
     here, card, compute = machine
     per_step = share * world_size
     config = config_of(
-        train__conversations_per_step=per_step, train__micro_batch=min(micro, share), hardware__card=card,
+        train__conversations_per_step=per_step, train__micro_batch=min(micro, share) or AUTO, hardware__card=card,
         precision__compute=compute, model__known_as="qwen2.5-0.5b" if card == "a10" else "smollm2-135m",
     )  # fmt: skip
     plan = make_plan(config, here, world_size, Counts(longest_tokens=32 if micro else tokens))  # a given one must fit
