@@ -3,6 +3,7 @@
     deepspeed train.py +exp=lora_cpu            also under python, torchrun, accelerate launch, srun: the same words
 """
 
+import gc
 import os
 import sys
 
@@ -38,6 +39,7 @@ def main(composed: DictConfig) -> float | None:
 
 
 def run(config: Config, world: World, failing: list[RunFolder]) -> None:
+    gc.disable()  # what importing makes lives on, and would be looked through again and again: 1 to 2 s of the start
     stop = StopSignal()
     machine = this_machine()
     base = None
@@ -57,6 +59,8 @@ def run(config: Config, world: World, failing: list[RunFolder]) -> None:
     # The plan holds; from here on torch is imported, and files are fetched and prepared, before process groups exist.
     from tunesmith import checkpoint, data, doctor, engine, evaluate, loop, metrics, model, report
 
+    gc.freeze()  # nor need it be looked through later
+    gc.enable()
     data.prepare_files(config)
     base = base or model.model_folder(config.model)
     dataset = data.load(config, model.load_tokenizer(base))

@@ -246,8 +246,10 @@ def flops(case: Case) -> Flops:
 
 
 def scales(module: Any) -> Iterator[Any]:
-    """What bitsandbytes holds beside its weights, as neither parameter nor buffer."""
+    """What quantised layers hold beside their weights, as neither parameter nor buffer."""
     for layer in module.modules():
+        if (scale := getattr(layer, "scales", None)) is not None:
+            yield scale
         if (scale := getattr(getattr(layer, "state", None), "SCB", None)) is not None:
             yield scale
         state = getattr(getattr(layer, "weight", None), "quant_state", None)

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from launcher.sweep import parsed
 from tunesmith.compose import choices
-from tunesmith.config import Config, Refusal, leaves
+from tunesmith.config import AUTO, Config, Refusal, leaves
 
 MOST_CORNERS = 24
 
@@ -81,6 +81,8 @@ def _range_of(one: Override, word: str) -> BaseDistribution:
             raise Refusal(f"override {word}: a choice of nothing (options: {', '.join(choices(one.key_or_group)) or 'none'})")
         return CategoricalDistribution(found)
     default = dict(leaves(Config())).get(one.key_or_group, 0.0)  # of an unknown setting composing will say that
+    if default == AUTO:
+        default = 1  # what stands beside it is a whole number
     if isinstance(default, bool) or not isinstance(default, int | float):
         raise Refusal(f"override {word}: {one.key_or_group} is not a number — type its values: {one.key_or_group}=a,b,c")
     step: float = 0

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tunesmith import checkpoint, engine, loop, metrics, model
@@ -150,6 +151,11 @@ def named(name: str) -> Names:
     return method, engine, precision, optimizer, "".join(checkpointing)
 
 
+def baseline(names: Names) -> Names:
+    """What a combination's loss is held against: one process in fp32."""
+    return names[0], "Accelerate", "fp32", names[3], ""
+
+
 def words_of(names: Sequence[str]) -> list[str]:
     return [word for table, name in zip(TABLES, names, strict=True) for word in table[name]]
 
@@ -186,7 +192,8 @@ class Walk:
 
     def typed(self, words: Sequence[str]) -> Config:
         """What these words compose to, each composed once: Hydra takes fifteen times as long as the plan."""
-        return changed(self.usual, {path: value for word in words for path, value in self.meaning(word).items()})
+        in_order = sorted(words, key=lambda word: "." in word.partition("=")[0])  # a group does not take back what is typed beside it
+        return changed(self.usual, {path: value for word in in_order for path, value in self.meaning(word).items()})
 
     @cached_property
     def usual(self) -> Config:
@@ -299,6 +306,11 @@ class Walk:
     ) -> None:
         """The result, loaded the plain way, gives the logits and the loss that training ended with."""
         assert after is not None
+        if config.method.base is not Base.as_is:
+            saved = load_file(result / "adapter_model.safetensors")
+            stored = {name.removeprefix("model.").replace(".default", ""): weight for name, weight in after.items()}
+            assert saved.keys() == stored.keys()
+            assert all(torch.equal(saved[name], stored[name]) for name in saved)
         loaded, examples = plain(config, self.folder, result), list(self.examples)
         room = 1e-4 if config.precision.compute is Compute.fp32 and config.method.base is Base.as_is else 0.03
         for example, given in zip(examples, logits, strict=False):
@@ -336,6 +348,9 @@ def innermost(worker: engine.Engine) -> torch.optim.Optimizer:
 def fingerprint(worker: engine.Engine) -> str:
     """Of what this rank holds of all frozen weights."""
     total = hashlib.sha256()
+    for _, layer in sorted(worker.loss_module.named_modules()):
+        if (scales := getattr(layer, "scales", None)) is not None:  # of int8
+            total.update(scales.numpy().tobytes())
     for _, weight in sorted(worker.loss_module.named_parameters()):
         if not weight.requires_grad:
             held = getattr(weight, "ds_tensor", weight.data)  # ZeRO 3 keeps a rank's part there
@@ -415,9 +430,9 @@ def page(walks: Sequence[Sequence[dict[str, Any]]]) -> str:
         "- the loss falls, and HFU is at least MFU and below 1;",
         "- every weight that is to be trained has changed, in fp32 (DeepSpeed's halves: beside an fp32 copy), and no other has, to the bit;",
         "- a run that goes on from a checkpoint ends with the same bits as one that never stopped;",
-        "- the loss is that of one process by Accelerate in fp32 (to 0.1 %, in halves to 2 %), where that is here;",
+        "- the loss is that of one process by Accelerate in fp32 (to 0.2 %, in halves to 2 %);",
         "- the export, loaded by plain transformers, PEFT and bitsandbytes, gives the logits and the loss that training ended with "
-        "(to 1e-4, in halves and beside a quantised base to 3 %; logits: of their norm).", "",
+        "(to 1e-4, in halves and beside a quantised base to 3 %; logits: of their norm); beside a quantised base, the same weights to the bit.", "",
         "A refusal is a line with what to type instead, and the test types it: what comes out is legal. "
         "What a card can do is in [doctor.md](doctor.md); what its memory holds, `tunesmith plan --fit` says. No card has run this test yet.", "",
         "## Methods and engines", "", "fp32, AdamW.", "",
@@ -439,8 +454,8 @@ def page(walks: Sequence[Sequence[dict[str, Any]]]) -> str:
     mixed = [tuple(record["names"]) for record in walks[0] if tuple(record["names"]) not in set(combinations())]
     lines += [
         "## Several things at a time", "",
-        "Chosen so that any two things which go together are together in one of these or above. "
-        "What three or more together are refused for, the plan knows: a test asks it for a thousand of the others.", "",
+        "Chosen so that any two things which go together are together in one of these or above; the last are what losses are held "
+        "against. What three or more together are refused for, the plan knows: a test asks it for five hundred of the others.", "",
         "| method | engine | type | optimizer | checkpointing | ranks |", "|---" * 6 + "|",
         *(f"| {' | '.join(names)} | {cell(*names)} |" for names in mixed), "",
     ]  # fmt: skip

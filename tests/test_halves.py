@@ -158,3 +158,25 @@ def test_where_it_cannot_be_honoured_the_plan_says_so(words: list[str], instead:
     with pytest.raises(PlanError) as refused:
         make_plan(config, T4, 1)
     assert any(line.startswith("precision.fp32_layers=[layers.1]: ") and line.endswith(f"type {instead}") for line in refused.value.problems)
+
+
+@pytest.mark.parametrize("base", [Base.nf4, Base.as_is])
+def test_the_last_layer_is_looked_at_beside_a_quantised_base_too(base: Base, tmp_path: Path) -> None:
+    """bitsandbytes answers in the type that it is asked in, fp32 where PEFT has made the norms so, and multiplies in fp16 inside."""
+    torch.manual_seed(0)
+    grown(tmp_path, "mlp.up_proj", 1.0)
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    weight = model.model.layers[2].mlp.up_proj.weight
+    weight.data *= 6e4 / float(weight.data.abs().max())
+    model.save_pretrained(tmp_path)
+    config = config_for(tmp_path, base=base, r=4)
+    config.precision.compute = Compute.fp16
+    found = looked_at(build_model(config, tmp_path, CPU))
+    assert found.overflows and "layers.2.mlp" in found.name
+    assert "precision.fp32_layers=[layers.2], which" in advice(found, config)
+
+
+def test_a_weight_that_is_no_number_in_fp16_is_named(tmp_path: Path) -> None:
+    _, module = built(grown(tmp_path, "mlp.up_proj", 7e4))
+    found = looked_at(module)
+    assert found.overflows and found.largest == math.inf and found.name.endswith("layers.1.mlp.up_proj.base_layer")

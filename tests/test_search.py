@@ -47,6 +47,7 @@ def test_words_mean_what_they_mean_to_hydra() -> None:
     assert space.size == math.inf
     assert space_of(["method.r=interval(3.5,9)"]).ranges == {"method.r": IntDistribution(4, 9)}, "a whole number, as the setting is one"
     assert space_of(["optim.lr=1e-4,2e-4", "method.r=4,8,16", "+optim.beta1=range(0.8,0.95,0.05)"]).size == 2 * 3 * 3
+    assert space_of(["train.micro_batch=range(1,5)"]).size == 4, "beside auto it is a number"
 
 
 def test_corners_are_all_combinations_of_ends_or_each_end_by_itself() -> None:

@@ -53,7 +53,7 @@ class Compute(Enum):
 
 AUTO = "auto"
 """The value of a setting that is left to the plan."""
-if TYPE_CHECKING:  # the plan has put a number or a truth value in its place before anything else reads it
+if TYPE_CHECKING:  # the plan has put a number or a truth value in its place before anything else reads it (but train.micro_batch)
     WholeOrAuto: TypeAlias = int
     TrueOrAuto: TypeAlias = bool
 else:

@@ -197,8 +197,9 @@ def build_model(config: Config, folder: Path, device: torch.device) -> TargetLos
         recompute_layers(model, config)
     if config.precision.fp32_layers:
         halves.keep_in_fp32(model, config.precision.fp32_layers, device)
-    # DeepSpeed turns all weights into halves, so what is trained beside adapters is of the others' type there.
-    is_mixed = config.precision.fp32_layers or (config.method.modules_to_save and config.engine.kind is not EngineKind.deepspeed)
+    # DeepSpeed turns all weights into halves and FSDP2 gathers them so: what is trained beside adapters is of the others' type there.
+    all_halves = config.engine.kind is EngineKind.deepspeed or config.engine.fsdp
+    is_mixed = config.precision.fp32_layers or (config.method.modules_to_save and not all_halves)
     if is_mixed and config.precision.compute is not Compute.fp32:
         halves.generate_in(model, DTYPES[config.precision.compute], device)
     model.train()

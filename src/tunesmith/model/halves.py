@@ -21,6 +21,10 @@ LARGEST = 65504.0
 """Largest number of fp16: (2 - 2^-10) x 2^15."""
 WIDENED = 2**27
 """Numbers of a weight that are copied to fp32, half a GB: a card that a model fills has no room for its head once more."""
+ROWS = 256
+"""Positions for which a layer is computed in fp32 too: a T4 takes eight times as long for it."""
+SCALE = 2.0**12
+"""Inputs are divided by it to see how large an output would be where there is no fp32: up to 2.7e8 can be told."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,7 @@ def probe(module: TargetLoss, batch: MicroBatch) -> Probe:
             return (_clamped(inputs[0]), *inputs[1:])
 
         def after(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            largest, error = _largest(output), 0.0
-            if output.dtype is not torch.float32 and output.numel() and _has_exact(part):
-                exact = _exactly(part, inputs[0])
-                if largest > LARGEST:
-                    largest = float(exact.abs().max())
-                else:
-                    error = float((output.float() - exact).norm() / exact.norm().clamp_min(1e-30))
-            seen.append(Range(name, largest, error=error))
+            seen.append(_range_of(name, part, inputs, output))
             return _clamped(output)
 
         yield part.register_forward_pre_hook(before)
@@ -91,9 +88,31 @@ def probe(module: TargetLoss, batch: MicroBatch) -> Probe:
     return Probe(widest, max(seen, key=lambda one: one.error))
 
 
+def _range_of(name: str, part: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Range:
+    if not output.numel() or not _is_in_halves(part, output):
+        return Range(name, _largest(output))
+    rows, given = inputs[0].flatten(0, -2), output.flatten(0, -2)
+    beyond = (~(given.abs().amax(1) <= LARGEST)).nonzero().flatten()[:ROWS]  # what is no number too
+    rows = rows[beyond] if len(beyond) else rows[:ROWS]
+    exact = _exactly(part, rows) if len(inputs) == 1 and _has_exact(part) else None
+    if len(beyond):
+        size = exact if exact is not None else SCALE * type(part).forward(part, rows / SCALE).float()
+        largest = float(size.abs().max())
+        return Range(name, largest if LARGEST < largest < math.inf else math.inf)  # what has no size, or only its sums are too large
+    error = 0.0 if exact is None else float((exact - given[:ROWS]).norm() / exact.norm().clamp_min(1e-30))
+    return Range(name, float(given.abs().max()), error=error)
+
+
+def _is_in_halves(part: nn.Module, output: torch.Tensor) -> bool:
+    """Whether a layer multiplies in halves: bitsandbytes' do, whatever type they are called with and answer in."""
+    by_bitsandbytes = getattr(part, "compute_dtype", None) is torch.float16 or type(part).__name__ == "Linear8bitLt"
+    return output.dtype is not torch.float32 or by_bitsandbytes
+
+
 def _has_exact(part: nn.Module) -> bool:
     """Whether a layer is computed in fp32 too: bitsandbytes multiplies int8 in halves alone."""
-    return type(part).__name__ != "Linear8bitLt" and all(weight.numel() <= WIDENED for weight in part.parameters(recurse=False))
+    numbers = getattr(part, "in_features", 0) * getattr(part, "out_features", 0)
+    return type(part).__name__ != "Linear8bitLt" and numbers <= WIDENED
 
 
 def _exactly(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -120,15 +139,17 @@ def _is_watched(part: nn.Module) -> bool:
 
 
 def _largest(value: torch.Tensor) -> float:
-    """Largest absolute value, of what is not in fp32 itself; infinite if any is not a number."""
-    if value.dtype is torch.float32 or not value.numel():
+    """Largest absolute value, of what is not in fp32 itself; infinite if any is not a number, in fp32 too."""
+    if not value.numel():
         return 0.0
-    largest = float(value.detach().float().abs().max())
-    return math.inf if math.isnan(largest) else largest
+    largest = float(value.abs().max())
+    if not math.isfinite(largest):
+        return math.inf
+    return 0.0 if value.dtype is torch.float32 else largest
 
 
 def _clamped(value: torch.Tensor) -> torch.Tensor:
-    return value if value.dtype is torch.float32 else torch.nan_to_num(value, 0.0, LARGEST, -LARGEST)
+    return torch.nan_to_num(value, 0.0, LARGEST, -LARGEST)
 
 
 def advice(found: Range, config: Config) -> str:

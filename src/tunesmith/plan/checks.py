@@ -238,8 +238,9 @@ def _optimizer_problems(config: Config) -> Iterator[str]:
             "piece — type optim.name=adamw_8bit, or engine=accelerate"
         )
     if optim.name is OptimizerKind.paged_adamw_8bit and engine.kind is EngineKind.deepspeed:
+        elsewhere = "engine=accelerate engine.offload=false" if engine.offload else "engine=accelerate"
         yield (
-            "optim.name=paged_adamw_8bit: DeepSpeed puts a resumed state onto the card, outside of pages — type engine=accelerate, "
+            f"optim.name=paged_adamw_8bit: DeepSpeed puts a resumed state onto the card, outside of pages — type {elsewhere}, "
             "optim.name=adamw_8bit, or optim.name=adamw engine.offload=true"
         )
     elif optim.name is OptimizerKind.adamw_8bit and engine.kind is EngineKind.deepspeed and engine.offload:
