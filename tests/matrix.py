@@ -204,8 +204,7 @@ class Walk:
         """What a word sets: one setting, or all of a group."""
         path = word.partition("=")[0]
         composed = compose([*self.common, word])
-        named = [name for name, _ in leaves(composed) if name == path or name.startswith(f"{path}.")]
-        return {name: attrgetter(name)(composed) for name in named}
+        return {name: attrgetter(name)(composed) for name, _ in leaves(composed) if name == path or name.startswith(f"{path}.")}
 
     def is_legal(self, names: Names) -> bool:
         """With two ranks, which more goes together with than with one."""

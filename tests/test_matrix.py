@@ -35,7 +35,7 @@ def walk(ranks: int, model: Path, out: Path, *only: str) -> list[dict[str, Any]]
     return records
 
 
-@pytest.mark.timeout(2000)  # 512 combinations: five minutes on quiet cores, more than twice that on busy ones
+@pytest.mark.timeout(2000)  # 574 combinations: about nine minutes on busy cores
 def test_the_whole_matrix_trains_or_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     """With one rank and with two; what `Walk.record` asserts holds for each, and the page says what was found."""
     is_legal = Walk(tiny_model, this_world(), tmp_path).is_legal

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -21,7 +22,8 @@ from tunesmith.config import AUTO, Config, Refusal, changed, leaves
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
-OR_AUTO = {"WholeOrAuto": (IntegerNode, "a whole number"), "TrueOrAuto": (BooleanNode, "true or false")}
+WHOLE, TRUE = (IntegerNode, "a whole number"), (BooleanNode, "true or false")
+OR_AUTO = {"WholeOrAuto": WHOLE, "WholeOrStillAuto": WHOLE, "TrueOrAuto": TRUE}
 """By the type that config.py gives to settings which can be left to the plan: what else they may be, in OmegaConf's words and in ours."""
 OPTIONS_WITH_VALUE = (
     "-c", "--cfg", "-i", "--info", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir",
@@ -40,7 +42,7 @@ def typed(composed: DictConfig) -> Config:
         if not missing:
             config = OmegaConf.to_object(composed)
             assert isinstance(config, Config)
-            left = {path: value for path, value in leaves(config) if _kind_beside_auto(path)}
+            left = {path: value for path, value in leaves(config) if path in _left_to_plan()}
             if wrong := [line for key, value in left.items() for line in _wrong_word(key, value)]:
                 raise Refusal("\n".join(wrong))
             return changed(config, {key: _number_or_auto(key, value) for key, value in left.items()})
@@ -184,7 +186,7 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
         yield f"{where}: {key} is a section, not a value — write {key}.KEY=..., KEY one of {', '.join(item.name for item in fields(kind))}"
     if value == "???" or is_dataclass(kind):
         return
-    if _kind_beside_auto(key):
+    if key in _left_to_plan():
         yield from (f"{where}: {line}" for line in _wrong_word(key, value))
         return
     schema = OmegaConf.structured(Config)
@@ -200,17 +202,19 @@ def _mismatch(where: str, key: str, value: Any) -> Iterator[str]:
         yield f"{where}: {key}: {value!r} is not {wanted}"
 
 
-def _kind_beside_auto(key: str) -> str:
-    """How config.py calls the type of a setting that can be left to the plan; empty for others."""
-    section, _, name = key.partition(".")
-    group = getattr(Config(), section, None)
-    kinds = {item.name: item.type for item in fields(group)} if is_dataclass(group) else {}
-    return str(kinds[name]) if kinds.get(name) in OR_AUTO else ""
+@cache
+def _left_to_plan() -> dict[str, str]:
+    """The settings that can be left to the plan, and how config.py calls the type of each."""
+    groups = {item.name: getattr(Config(), item.name) for item in fields(Config)}
+    return {
+        f"{name}.{item.name}": str(item.type)
+        for name, group in groups.items() if is_dataclass(group) for item in fields(group) if item.type in OR_AUTO
+    }  # fmt: skip
 
 
 def _number_or_auto(key: str, value: Any) -> Any:
     """A value of such a setting as the number or truth value that it says, or auto; raises OmegaConf's ValidationError for others."""
-    node, _ = OR_AUTO[_kind_beside_auto(key)]
+    node, _ = OR_AUTO[_left_to_plan()[key]]
     return AUTO if value == AUTO else node(value, is_optional=False)._value()
 
 
@@ -219,7 +223,7 @@ def _wrong_word(key: str, value: Any) -> Iterator[str]:
     try:
         _number_or_auto(key, value)
     except OmegaConfBaseException:
-        yield f"{key}: {value!r} is not {OR_AUTO[_kind_beside_auto(key)][1]}, and not {AUTO}"
+        yield f"{key}: {value!r} is not {OR_AUTO[_left_to_plan()[key]][1]}, and not {AUTO}"
 
 
 def _nearest(word: str, valid: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from omegaconf import MISSING
 
@@ -51,13 +51,14 @@ class Compute(Enum):
     bf16 = "bf16"
 
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """The value of a setting that is left to the plan."""
-if TYPE_CHECKING:  # the plan has put a number or a truth value in its place before anything else reads it (but train.micro_batch)
+if TYPE_CHECKING:  # the plan has put a number or a truth value in its place before anything else reads it
     WholeOrAuto: TypeAlias = int
     TrueOrAuto: TypeAlias = bool
+    WholeOrStillAuto: TypeAlias = int | Literal["auto"]  # it stays, and the plan has the number beside it
 else:
-    WholeOrAuto = TrueOrAuto = bool | int | float | str  # for OmegaConf; tunesmith.compose says what they may be
+    WholeOrAuto = TrueOrAuto = WholeOrStillAuto = bool | int | float | str  # for OmegaConf; tunesmith.compose says what they may be
 
 
 class EngineKind(Enum):
@@ -331,7 +332,7 @@ class Train:
     """Conversations in one optimizer update, over all ranks and accumulation. The setting; micro_batch is a consequence."""
     tokens_per_step: int = 0
     """Tokens in one optimizer update instead of conversations, about: an epoch is cut where that is nearest. 0: by conversations."""
-    micro_batch: WholeOrAuto = AUTO  # type: ignore[assignment]  # the one such setting that stays: the plan has the number
+    micro_batch: WholeOrStillAuto = AUTO
     """Conversations in one forward on one rank."""
     seed: int = 0
     """Seed of data order, adapter initialisation and dropout."""
@@ -350,7 +351,7 @@ class Train:
     @property
     def least_micro_batch(self) -> int:
         """Conversations in one forward as set, or where the plan chooses, the fewest that it can."""
-        return 1 if str(self.micro_batch) == AUTO else self.micro_batch
+        return 1 if self.micro_batch == AUTO else self.micro_batch
 
 
 @dataclass

@@ -433,7 +433,7 @@ def _split(
     """
     share = math.ceil(per_step / world_size)
     most = config.train.least_micro_batch
-    if str(config.train.micro_batch) == AUTO:
+    if config.train.micro_batch == AUTO:
         ceiling = min(share, max(1, max(CPU_TOKENS, 2 * common) // own)) if on_cpu else share
 
         def fits(micro: int) -> bool:
