@@ -203,14 +203,23 @@ def test_halves_never_hide_what_is_not_finite(bad: float) -> None:
     assert found[:3].isfinite().all() and found[4:].isfinite().all()
 
 
-@pytest.mark.skipif(not matmul.has_onednn(), reason="this build of torch has no oneDNN")
-@pytest.mark.parametrize(("own", "other", "by"), [(2e11, 4e11, " by oneDNN"), (2e11, 2.2e11, ""), (4e11, 2e11, "")])
-def test_the_faster_library_is_taken(own: float, other: float, by: str) -> None:
-    peaks.measure_peak("fp32", "cpu", 1)
+def overwrite(found: dict[str, float], lead: float | None = None) -> None:
+    """The peaks that are kept, by library, and what others are ahead of torch's own by (None: as their peaks say)."""
     cache = hardware.cache_folder() / "peaks.json"
-    known = json.loads(cache.read_text())
-    cache.write_text(json.dumps({key: other if "by oneDNN" in key else own for key in known}))
-    assert peaks.measure_peak("fp32", "cpu", 1) == (max(own, other) if by else own, by)
+    kept = {}
+    for key in json.loads(cache.read_text()):
+        by = next((name for name in found if name and name in key), "")
+        kept[key] = (lead or found[by] / found[""]) if key.endswith(peaks.LEAD) else found[by]
+    cache.write_text(json.dumps(kept))
+
+
+@pytest.mark.skipif(not matmul.has_onednn(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize(("lead", "by"), [(2.0, " by oneDNN"), (1.2, " by oneDNN"), (1.05, ""), (0.5, "")])
+def test_the_library_that_is_faster_turn_by_turn_is_taken(lead: float, by: str) -> None:
+    """Torch's own best, of a moment when nobody disturbed it, says less: on a CPU of the fourth EPYC generation it hid a lead of a fifth."""
+    peaks.measure_peak("fp32", "cpu", 1)
+    overwrite({"": 2e11, " by oneDNN": 2.1e11}, lead)
+    assert peaks.measure_peak("fp32", "cpu", 1) == (2.1e11 if by else 2e11, by)
     try:
         peaks.take_faster_matmul("fp32", 1)
         assert bool(matmul._taken) == bool(by)
@@ -233,7 +242,7 @@ def test_halves_count_with_high_alone() -> None:
     cache = hardware.cache_folder() / "peaks.json"
     known = json.loads(cache.read_text())
     assert {key.split(" | ")[2] for key in known} == {"fp32", "fp32 by oneDNN", "fp32 by bf16 halves in tiles"}
-    cache.write_text(json.dumps({key: 9e11 if "halves" in key else 2e11 for key in known}))
+    overwrite({"": 2e11, " by oneDNN": 2e11, HALVES.name: 9e11})
     assert peaks.measure_peak("fp32", "cpu", 1) == (2e11, "")
     assert peaks.measure_peak("tf32", "cpu", 1) == ((9e11, HALVES.name) if HALVES.is_here() else (2e11, "")), "without AMX high is highest"
 
@@ -246,11 +255,11 @@ def test_what_was_measured_and_is_gone_is_not_taken_and_what_has_come_is_measure
     assert peaks.measure_peak("tf32", "cpu", 1)[1] == ""
     cache = hardware.cache_folder() / "peaks.json"
     known = json.loads(cache.read_text())
-    assert [value for key, value in known.items() if "halves" in key] == [0.0]
+    assert [value for key, value in known.items() if "halves" in key] == [0.0, 0.0], "its peak and its lead"
     monkeypatch.setattr(matmul, "LIBRARIES", (halves(True),))
     peaks.measure_peak("tf32", "cpu", 1)
     assert all(value > 0 for key, value in json.loads(cache.read_text()).items() if "halves" in key), "a compiler has come"
-    cache.write_text(json.dumps({key: 9e11 if "halves" in key else 2e11 for key in known}))
+    overwrite({"": 2e11, HALVES.name: 9e11})
     monkeypatch.setattr(matmul, "LIBRARIES", (halves(False),))
     assert peaks.measure_peak("tf32", "cpu", 1) == (2e11, ""), "it has gone"
 

@@ -1,9 +1,9 @@
 """Who multiplies fp32 matrices on this CPU: the library that torch takes by itself, or another one that is faster.
 
 oneDNN, which torch has as well: torch's builds for x86 hand fp32 to MKL, which keeps its AVX-512 kernels for Intel's own CPUs; on an AMD
-EPYC of the fifth generation it reaches half of what the cores can do, and oneDNN all of it (docs/log.md). Both add up in fp32, in another
-order. bf16 halves, our own (matmul.cpp), with precision.matmul=high on a CPU with AMX: each number as the sum of two in bf16, which is
-what PyTorch's "high" means (torch.set_float32_matmul_precision); the same tiles do attention. Which is fastest
+EPYC of the fifth generation it reaches half of what the cores can do, of the fourth 65 to 85 %, and oneDNN all of it (docs/log.md). Both
+add up in fp32, in another order. bf16 halves, our own (matmul.cpp), with precision.matmul=high on a CPU with AMX: each number as the sum
+of two in bf16, which is what PyTorch's "high" means (torch.set_float32_matmul_precision); the same tiles do attention. Which is fastest
 is measured once a machine (peaks.py).
 """
 
@@ -36,8 +36,8 @@ TILE = 32
 """Depths and columns of a right operand in tiles are multiples of it; of int8 of twice as much."""
 PAGE = 1 << 21
 """Bytes of a large page."""
-FASTER = 1.25
-"""How much faster another library must be to be taken: less may be noise on a busy machine, and another library rounds otherwise."""
+FASTER = 1.1
+"""How much faster another library must be, turn by turn, to be taken: less may be noise, and another library rounds otherwise."""
 
 _taken: list[tuple[Library, torch.library.Library]] = []
 

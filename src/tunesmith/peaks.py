@@ -8,11 +8,13 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
@@ -22,6 +24,9 @@ from tunesmith.hardware import Machine, cache_folder, cpu_name, find_card, lines
 
 if TYPE_CHECKING:
     import torch
+
+LEAD = " | times torch's own"
+"""In a name of the cache, behind a library's peak: how much faster than torch's own it was, the median of some turns."""
 
 
 def peak_flops(
@@ -49,7 +54,7 @@ def peak_flops(
             return None, f"unknown: the {card.key} has no {dtype} units"
         return peak, f"table: {card.source} ({card.key}, {dtype}, dense)"
     device = "cpu" if on_cpu else "cuda"
-    if not measure and not set(_peak_keys(name, dtype, threads, on_cpu=on_cpu).values()) <= _cached_peaks().keys():
+    if not measure and not _kept(_peak_keys(name, dtype, threads, on_cpu=on_cpu)) <= _cached_peaks().keys():
         return None, f"measured when the run starts: a {dtype} matmul on {name or 'this CPU'}"
     measured, by = measure_peak(dtype, device, threads, name)
     return measured, f"measured: {dtype} matmul{by} on {name or 'this CPU'}"
@@ -84,9 +89,9 @@ def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> t
     known, before = _cached_peaks(), torch.get_num_threads()
     # What was there when it was measured may be gone, as a compiler, and what was not may have come.
     here = [by for by in keys if not by or matmul.library(by).is_here()]
-    if not all(known.get(keys[by]) for by in here) or not set(keys.values()) <= known.keys():
+    if not all(known.get(keys[by]) for by in here) or not _kept(keys) <= known.keys():
         kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
-        size, seconds = 2048 if on_cpu else 8192, {by: float("inf") for by in keys}
+        size, seconds = 2048 if on_cpu else 8192, {by: list[float]() for by in keys}
         torch.set_num_threads(threads or before)
         high, as_it_was = dtype == "tf32" and not on_cpu, torch.get_float32_matmul_precision()
         if high:
@@ -101,16 +106,19 @@ def measure_peak(dtype: str, device: str, threads: int = 0, name: str = "") -> t
                     works[by]()
                     if not on_cpu:
                         torch.cuda.synchronize()
-                    seconds[by] = min(seconds[by], time.perf_counter() - start_s) if attempt else seconds[by]
+                    seconds[by] += [time.perf_counter() - start_s] * (attempt > 0)
         finally:
             torch.set_num_threads(before)
             if high:
                 torch.set_float32_matmul_precision(as_it_was)
-        for by, key in keys.items():
-            known[key] = 2 * size**3 / seconds[by]  # 0 where that library is not here
+        for by, key in keys.items():  # 0 where that library is not here
+            known[key] = 2 * size**3 / min(seconds[by], default=float("inf"))
+            known[key + LEAD] = median(map(truediv, seconds[""], seconds[by])) if seconds[by] else 0.0
+        for key in _kept(keys):
             _remember(key, known[key])
-    own, *others = ((known[keys[by]], by) for by in here)
-    return max((one for one in others if one[0] > matmul.FASTER * own[0]), default=own)
+    lead, by = max(((known[keys[by] + LEAD], by) for by in here if by), default=(0.0, ""))
+    chosen = by if lead > matmul.FASTER else ""
+    return known[keys[chosen]], chosen
 
 
 def _work(by: str, left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -129,6 +137,11 @@ def _peak_keys(name: str, dtype: str, threads: int, *, on_cpu: bool) -> dict[str
         dtype = "fp32"
     # Halves are measured with a weight in tiles; what earlier versions kept was without.
     return {by: _peak_key(name, dtype + by + " in tiles" * (by == matmul.HALVES.name), threads) for by in libraries}
+
+
+def _kept(keys: Mapping[str, str]) -> set[str]:
+    """All names under which there are numbers: of each library its peak, and of another than torch's own its lead."""
+    return {*keys.values(), *(key + LEAD for by, key in keys.items() if by)}
 
 
 def take_faster_matmul(dtype: str, threads: int) -> None:
