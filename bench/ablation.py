@@ -137,9 +137,9 @@ def _pytorchs_operators() -> list[Replacement]:
 
 
 def _in_rectangles() -> list[Replacement]:
-    from tunesmith.model import attention
+    from tunesmith.model import attention, kernels
 
-    return [(attention, "attends_at_once", lambda *_: False)]
+    return [(attention, "attends_at_once", lambda *_: False), (kernels, "by_passes", lambda _: False)]
 
 
 def _packed_anew() -> list[Replacement]:
@@ -171,7 +171,7 @@ PARTS: dict[str, Part] = {
     "kept inputs": Part("transformers' norms and gates, which keep what they give", _transformers_own),
     "together": Part("queries, keys and values, and gate and up, each by themselves", _each_by_itself),
     "passes": Part("norms, gates and rotary embedding by PyTorch's operators", _pytorchs_operators),
-    "at once": Part("short conversations attend by torch's kernels: rectangles, and a merge with what they share", _in_rectangles),
+    "at once": Part("torch's kernels attend: rectangles, and a merge with what conversations share", _in_rectangles),
     "memory kept": Part("glibc gives large blocks back to the system, and has pages of 4 KB", _given_back),
     "oneDNN": Part("fp32 matmuls by torch's own choice, MKL", _torchs_own),
     HIGH: Part("fp32 matrices in fp32", settings=("precision.matmul=high",)),

@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from tunesmith.data.layout import Segment
 from tunesmith.model import attention, between, native
-from tunesmith.model.attention import Layout, ragged_attention
+from tunesmith.model.attention import Layout
 from tunesmith.model.fused import turn_natively
 from tunesmith.plan.shapes import HEAD_DIMS
 
@@ -171,14 +171,46 @@ def test_attention_of_short_segments_gives_the_same_bits_whatever_threads_share(
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
-def test_long_segments_are_left_to_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(native, "attended", lambda *given: calls.append(given) or _kept(*given))
-    for length in (40, 1200):
-        q, k, v = (torch.randn(1, many, 2 * length, 16) for many in (4, 2, 2))
-        module = torch.nn.Module()
-        ragged_attention(module, q, k, v, None, ragged=Layout([Segment(0, length), Segment(length, 2 * length)]))
-    assert len(calls) == 1
+@pytest.mark.parametrize("name", ["one", "many", "uneven", "beginning", "nested"])
+def test_attention_of_long_segments_is_plain_arithmetics(name: str) -> None:
+    """Several blocks of keys, several parts of a segment and several copies of the gradients to keys, with and without what is continued."""
+    segments = {
+        "one": (Segment(0, 700),),
+        "many": tuple(Segment(start, start + 150) for start in range(0, 1200, 150)),
+        "uneven": (Segment(0, 290), Segment(290, 291), Segment(291, 800)),
+        "beginning": (Segment(0, 530), *(Segment(start, start + 40, ((0, 530),)) for start in range(530, 770, 40))),
+        "nested": (Segment(0, 260), Segment(260, 600, ((0, 260),)), Segment(600, 900, ((0, 260), (260, 600)))),
+    }[name]
+    torch.manual_seed(0)
+    heads, groups, d, tokens = 6, 3, 16, segments[-1].stop
+    exact = [torch.randn(tokens, many, d, dtype=torch.float64) for many in (heads, groups, groups)]
+    mine, exact = [x.float().requires_grad_() for x in exact], [x.requires_grad_() for x in exact]
+    sees = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for one in segments:
+        sees[one.start : one.stop, one.start : one.stop] = torch.ones(one.length, one.length).tril().bool()
+        for start, stop in one.context:
+            sees[one.start : one.stop, start:stop] = True
+    q, k, v = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in exact)
+    wanted = ((q @ k.mT * d**-0.5).masked_fill(~sees, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    layout = Layout(segments)
+    assert layout.native.copies(groups) == (1 if name == "many" else 4)
+    out = attention._AtOnce.apply(*mine, torch.empty(0, groups, d), torch.empty(0, groups, d), layout.native, None)
+    assert near(out, wanted)
+    assert all(near(one, other) for one, other in zip(gradients(out, *mine), gradients(wanted, *exact), strict=True))
 
 
-_kept = native.attended
+def test_scores_of_a_thousand_are_no_infinity() -> None:
+    """Exponentials are of differences to the largest yet, and blocks before it count nothing."""
+    torch.manual_seed(0)
+    q, k, v = torch.ones(600, 1, 64), torch.zeros(600, 1, 64), torch.randn(600, 1, 64)
+    k[500] = 125.0
+    out, sums = native.attended(q, k, v, native.Segments([(0, 600, ())]), 64**-0.5)
+    assert torch.allclose(out[500:], v[500].expand(100, 1, 64), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(sums[0, 500:], torch.tensor(1000.0)) and torch.allclose(out[499], v[:500].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_number_stays_with_those_who_see_it() -> None:
+    q, k, v = (torch.randn(300, 1, 32) for _ in range(3))
+    k[290] = float("nan")
+    out, _ = native.attended(q, k, v, native.Segments([(0, 300, ())]), 1.0)
+    assert out[:290].isfinite().all() and out[290:].isnan().all()

@@ -3,17 +3,20 @@
 #include <cstdint>
 #include <cstring>
 
+// Left to itself a compiler stops putting functions where they are called as a file grows, and a loop that calls one is no vector's.
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr float ROUNDING = 12582912.0f;  // 1.5 x 2^23: added, it rounds to a whole number, halves to even, and leaves it in the lowest bits
 
-int32_t bits_of(float x) {
+INLINE int32_t bits_of(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, 4);
   return bits;
 }
 
-float float_of(int32_t bits) {
+INLINE float float_of(int32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
@@ -22,13 +25,13 @@ float float_of(int32_t bits) {
 typedef float Lanes __attribute__((vector_size(64)));  // of the compiler, which makes two or four of them where a CPU's are shorter
 typedef int32_t Whole __attribute__((vector_size(64)));
 
-Lanes loaded(const float* from) {
+INLINE Lanes loaded(const float* from) {
   Lanes x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
-void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+INLINE void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 
 #if defined(__clang__)
 #define SWAPPED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
@@ -37,7 +40,7 @@ void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 #endif
 
 // Sixteen numbers times the Hadamard matrix of 16 rows: at distance 1, 2, 4 and 8 a sum and a difference.
-inline Lanes mixed(Lanes x) {
+INLINE Lanes mixed(Lanes x) {
   x = SWAPPED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * Lanes{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
   x = SWAPPED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * Lanes{1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
   x = SWAPPED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * Lanes{1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
@@ -46,7 +49,7 @@ inline Lanes mixed(Lanes x) {
 }
 
 // Sixty-four numbers times the Hadamard matrix of as many rows.
-inline void rotate64(Lanes* x) {
+INLINE void rotate64(Lanes* x) {
   for (int c = 0; c < 4; c++) x[c] = mixed(x[c]);
   const Lanes ab = x[0] + x[1], a_b = x[0] - x[1], cd = x[2] + x[3], c_d = x[2] - x[3];
   x[0] = ab + cd;
@@ -76,7 +79,7 @@ void rotate(float* row, int64_t columns, int64_t block) {
 
 // e^x to two units in the last place, by 2^n e^r with |r| <= ln 2 / 2 and a polynomial of degree 7 (Cephes' expf); written so that compilers
 // make vectors of it, which they do not of the library's. Beyond 88 it is e^88.
-inline float exponential(float x) {
+INLINE float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + ROUNDING, n = shifted - ROUNDING;

@@ -29,16 +29,19 @@ from tunesmith.model.kernels import (
     attend_backward,
     back_over_context,
     beside_context,
+    by_token,
     causal_by_tiles,
     factor_of,
     kernels_for,
     over_context,
 )  # fmt: skip
-from tunesmith.plan.shapes import attends_at_once
+from tunesmith.plan.shapes import HEAD_DIMS
 
 NAME = "tunesmith_ragged"
 BEHIND = "tunesmith_behind"
 """Answers of several rows that go on from one beginning."""
+FEW_BY_TILES = 1 << 19
+"""Scores of all heads; more of them are faster by AMX's tiles (docs/log.md)."""
 WASTE = 1.25
 """A rectangle is closed when its cells would exceed its tokens by this factor; attention is a small share of a step, and
 each rectangle costs a kernel call per layer."""
@@ -114,6 +117,11 @@ def behind(tokens: int, segments: Sequence[Segment]) -> tuple[Segment, ...]:
         for s in segments
     ]
     return Segment(0, tokens), *moved
+
+
+def attends_at_once(head_dim: int, scores: int, by_tiles: bool) -> bool:
+    """Whether C++ attends for all segments at once; by_tiles: AMX's tiles would do it otherwise (precision.matmul=high)."""
+    return head_dim in HEAD_DIMS and not (by_tiles and scores > FEW_BY_TILES)
 
 
 def ragged_attention(
@@ -251,7 +259,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _AtOnce(torch.autograd.Function):
-    """Attention of all segments in one pass of C++, where they are short: q [tokens, heads, d], k and v [tokens, kv heads, d], what all see
+    """Attention of all segments at once in C++: q [tokens, heads, d], k and v [tokens, kv heads, d], what all see
     besides [any, kv heads, d]."""
 
     @staticmethod
@@ -263,7 +271,7 @@ class _AtOnce(torch.autograd.Function):
         outer = None
         if len(first_k):
             found = over_context(_by_head(q), _by_head(first_k), _by_head(first_v), scale)
-            outer = found[0][0], found[1][0]
+            outer = by_token(found[0]), found[1][0].contiguous()
         out, sums = native.attended(q, k, v, segments, factor_of(q, scale), outer)
         ctx.save_for_backward(q, k, v, first_k, first_v, out, sums)
         ctx.settings = segments, scale
@@ -275,7 +283,7 @@ class _AtOnce(torch.autograd.Function):
         q, k, v, first_k, first_v, out, sums = ctx.saved_tensors
         segments, scale = ctx.settings
         grad = gradients[0].contiguous()
-        found: tuple[torch.Tensor, ...] | tuple[None, None, None] = (None, None, None)
+        found: tuple[torch.Tensor | None, ...] = (None, None, None)
         of_first: list[torch.Tensor | None] = [None, None]
         if any(ctx.needs_input_grad[:3]):  # not in the lowest layer under a learned prefix
             found = native.attended_back(grad, q, k, v, out, sums, segments, factor_of(q, scale))

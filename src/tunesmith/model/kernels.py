@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from tunesmith import matmul
 from tunesmith.model import native
+from tunesmith.plan.shapes import HEAD_DIMS
 
 aten = torch.ops.aten
 Kept = Sequence[torch.Tensor]
@@ -66,10 +67,21 @@ CELLS = 1 << 20
 """Scores that are made at a time: 4 MB, which stay in a core's cache until the next matmul has read them."""
 
 
+def by_passes(q: torch.Tensor) -> bool:
+    """Whether C++ attends for these queries [..., d] on a CPU, with no score that leaves a core's cache (model/ragged.h)."""
+    return native.takes(q) and q.shape[-1] in HEAD_DIMS and not matmul.by_tiles(q)
+
+
 def over_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention without a mask, [1, heads, n, d] over [1, kv heads, c, d]: what it gives, and its log-sum-exps [1, heads, n]."""
+    factor = factor_of(q, scale)
+    if by_passes(q):
+        seen = native.sees_all(q.shape[2], k.shape[2])
+        its_q, keys, values = (by_token(x) for x in (q, k, v))
+        out, sums = native.attended(its_q, keys, values, seen, factor)
+        return out.transpose(0, 1)[None], sums[None]
     k, v = k.contiguous(), v.contiguous()  # oneDNN takes minutes over rows that lie apart
-    rows, factor = _by_key_head(q, k), factor_of(q, scale)
+    rows = _by_key_head(q, k)
     if matmul.by_tiles(q):
         out, sums = matmul.attention(rows, k[0], v[0], factor)
         return out.view(q.shape), sums.view(q.shape[:3])
@@ -97,8 +109,15 @@ def back_over_context(
     wants_keys: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The gradients to q, k and v (those only where they are wanted) of the share that the context has in a merged attention."""
+    factor = factor_of(q, scale)
+    if by_passes(q):
+        seen = native.sees_all(q.shape[2], k.shape[2])
+        of_out, its_q, keys, values, its_out = (by_token(x) for x in (grad, q, k, v, out))
+        of_q, *of_keys = native.attended_back(of_out, its_q, keys, values, its_out, total[0].contiguous(), seen, factor, wants_keys)
+        of_k, of_v = (x if x is None else x.transpose(0, 1)[None] for x in of_keys)
+        return of_q.transpose(0, 1)[None], of_k, of_v
     k, v = k.contiguous(), v.contiguous()
-    rows, of_out, factor = _by_key_head(q, k), _by_key_head(grad, k), factor_of(q, scale)
+    rows, of_out = _by_key_head(q, k), _by_key_head(grad, k)
     sums = total.reshape(rows.shape[:2])
     drift = (grad * out).sum(dim=-1).reshape(rows.shape[:2])  # what softmax takes off every score's gradient
     if matmul.by_tiles(q):
@@ -121,6 +140,11 @@ def back_over_context(
             of_k[0, head] += torch.mm(of_scores.t(), scaled)
         of_q[head, part] = torch.mm(of_scores, k[0, head])
     return of_q.mul_(factor).view(q.shape), of_k, of_v
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    """[1, heads, n, d] -> [n, heads, d], contiguous."""
+    return x[0].transpose(0, 1).contiguous()
 
 
 def _by_key_head(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@
 
 namespace {
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // to = rotated(norm from) * by, which may be null: 1. The bits of the largest magnitude: they compare like it, and what is not a number is the
 // largest of all.
-inline int32_t turned_row(const float* __restrict from, int64_t columns, int64_t block, float norm, const float* by, float* __restrict to) {
+INLINE int32_t turned_row(const float* __restrict from, int64_t columns, int64_t block, float norm, const float* by, float* __restrict to) {
   int32_t most = 0;
   if (block == 64) {
     Whole largest = {};

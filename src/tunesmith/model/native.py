@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tunesmith import compiled
-from tunesmith.plan.shapes import KEYS_MULTIPLE
 
 ROWS = 16
 """Of what is quantised memory goes on to a multiple of so many."""
@@ -130,29 +129,51 @@ def softmaxed_back(scores: torch.Tensor, of_shares: torch.Tensor, sums: torch.Te
     _call("softmax_back", scores, of_shares, sums, drift, *scores.shape)
 
 
-class Segments:
-    """Where the segments of a micro-batch lie, and what they continue, for C++: of each start, stop, and those of what it continues."""
+PARTS, MANY = 4, 16
+"""Of the work of attention's backward: a multiple of so many, of one size; or at least so many, of any."""
 
-    def __init__(self, segments: Sequence[tuple[int, int, Sequence[tuple[int, int]]]]) -> None:
+
+class Segments:
+    """Where the segments of a micro-batch lie, and what they continue, for C++: of each start, stop, and those of what it continues.
+
+    is_causal: each sees itself too, up to each of its tokens.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], is_causal: bool = True) -> None:
         places = np.array([(start, stop, len(context)) for start, stop, context in segments], dtype=np.int64).reshape(-1, 3)
         begins = 2 * (np.cumsum(places[:, 2]) - places[:, 2])
         self._segments = torch.from_numpy(np.column_stack([places, begins]))
         self._ranges = torch.tensor([number for _, _, context in segments for one in context for number in one] or [0], dtype=torch.int64)
+        self._is_causal = is_causal
+        self._are_alone = is_causal and not places[:, 2].any()
         seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
-        self.scores = int(((places[:, 1] - places[:, 0]) * (-(-seen // KEYS_MULTIPLE) * KEYS_MULTIPLE)).sum())
-        """Of a head, as C++ keeps them for backward."""
+        self.scores = int(((places[:, 1] - places[:, 0]) * seen).sum())
+        """Of a head, those that causality hides included."""
 
     def arguments(self, q: torch.Tensor, k: torch.Tensor, factor: float) -> tuple[object, ...]:
-        return self._segments, self._ranges, len(self._segments), *q.shape[:2], *k.shape[1:], ctypes.c_float(factor)
+        shape = q.shape[0], k.shape[0], q.shape[1], *k.shape[1:]
+        return self._segments, self._ranges, len(self._segments), *shape, int(self._is_causal), ctypes.c_float(factor)
+
+    def copies(self, groups: int) -> int:
+        """Of the gradients to keys: threads add up one each of a group of heads, or of a segment that is alone; whatever their number, all
+        add up the same."""
+        return 1 if self._are_alone and len(self._segments) * groups >= MANY else PARTS // math.gcd(PARTS, groups)
+
+
+@lru_cache(maxsize=64)
+def sees_all(queries: int, keys: int) -> Segments:
+    """So many queries, each of which sees all of so many keys of others."""
+    return Segments([(0, queries, ((0, keys),))], is_causal=False)
 
 
 def attended(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, factor: float, outer: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, factor: float,
+    outer: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention of segments to what they continue and, causally, to themselves, and the log-sum-exp of each query's scores [heads, tokens].
 
-    Queries and outputs are [tokens, heads, d], keys and values [tokens, kv heads, d]. outer: what attention to a part that all of them see
-    besides gives by itself, [heads, tokens, d], and its log-sum-exps.
+    Queries and outputs are [tokens, heads, d], keys and values [keys, kv heads, d]. outer: what attention to a part that all of them see
+    besides gives by itself, and its log-sum-exps.
     """
     out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     _call("ragged", *segments.arguments(q, k, factor), q, k, v, *(outer or (None, None)), out, sums)
@@ -161,12 +182,13 @@ def attended(
 
 def attended_back(
     of_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, segments: Segments,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients to q, k and v of what `attended` has given."""
-    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    shares, of_scores = q.new_empty(2, q.shape[1] * segments.scores).unbind(0)
-    _call("ragged_back", *segments.arguments(q, k, factor), of_out, q, k, v, out, sums, shares, of_scores, of_q, of_k, of_v)
+    factor: float, wants_keys: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """The gradients to q, k and v (those only where they are wanted) of what `attended` has given, or of its part in merged ones."""
+    of_q, copies = torch.empty_like(q), segments.copies(k.shape[1]) if wants_keys else MANY
+    of_k, of_v = (k.new_empty(copies, *k.shape) for _ in range(2)) if wants_keys else (None, None)
+    _call("ragged_back", *segments.arguments(q, k, factor), copies, of_out, q, k, v, out, sums, of_q, of_k, of_v)
+    of_k, of_v = (x if x is None else x[0] if copies == 1 else x.sum(0) for x in (of_k, of_v))
     return of_q, of_k, of_v
 
 

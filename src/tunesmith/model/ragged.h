@@ -1,5 +1,6 @@
-// Attention of segments to the segments that they continue and, causally, to themselves, where all of them are short: what torch's kernels
-// would want is one call for each group of equal segments, with their tokens moved there and back, and a merge of two parts.
+// Attention of segments to what they continue and, causally, to themselves, in fp32: a block of scores at a time that never leaves a core's cache
+// (FlashAttention, arXiv 2205.14135). Nothing is padded, moved or kept but the log sum exp of each query's scores; what torch's kernels would want
+// is one call for each group of equal segments, with their tokens moved there and back, and a merge of two parts.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,266 +11,308 @@
 
 namespace {
 
+// Keys of a block; keys whose scores are made together; queries of a thread's part, those whose scores stay for the gradients to keys, and those
+// whose scores are made together.
+constexpr int64_t KEYS = 256, PANEL = 32, PART = 144, QUERIES = 48, STRIP = 12;
+
 // Tokens [start, stop), and the [start, stop) of what they continue: `contexts` pairs of numbers from `at` on.
 struct Segment {
   int64_t start, stop, contexts, at;
-  int64_t length() const { return stop - start; }
+  int64_t parts() const { return (stop - start + PART - 1) / PART; }
 };
 
-// A micro-batch's tokens: queries and outputs [tokens, heads, D], keys and values [tokens, groups, D], each group of heads with the same keys.
+// Keys [key, key + count), each of which is seen by all queries of a segment, or by those from it on.
+struct Block {
+  int64_t key, count;
+  bool is_causal;
+  int64_t seen(int64_t query) const { return is_causal ? std::clamp<int64_t>(query + 1 - key, 0, count) : count; }
+  int64_t first_to_see(int64_t place, int64_t query) const { return is_causal ? std::max(query, key + place) : query; }
+};
+
+// A micro-batch: queries and outputs [tokens, heads, D], keys and values [keys, groups, D], each group of heads with the same ones. Where segments
+// are not causal they see what they continue alone.
 struct Batch {
   const Segment* segments;
   const int64_t* ranges;
-  int64_t count, tokens, heads, groups;
+  int64_t count, tokens, keys, heads, groups;
+  bool is_causal;
   float factor;
   int64_t shared() const { return heads / groups; }
-  int64_t before(const Segment& s) const {
+  int64_t parts() const {
     int64_t sum = 0;
-    for (int64_t i = 0; i < s.contexts; i++) sum += ranges[s.at + 2 * i + 1] - ranges[s.at + 2 * i];
+    for (int64_t i = 0; i < count; i++) sum += segments[i].parts();
     return sum;
   }
-  // Scores of a row lie so far apart: a multiple of the keys that are multiplied at a time.
-  int64_t width(const Segment& s) const { return (before(s) + s.length() + 31) / 32 * 32; }
-  // Where a segment's scores begin, all heads together.
-  int64_t scores(int64_t number) const {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < number; i++) sum += segments[i].length() * heads * width(segments[i]);
-    return sum;
+  // Whether nobody sees keys of another segment.
+  bool are_alone() const {
+    return is_causal && std::all_of(segments, segments + count, [](const Segment& s) { return !s.contexts; });
+  }
+  // What queries before `to` see, block by block.
+  template <class Visit>
+  void each_block(const Segment& s, int64_t to, Visit visit) const {
+    for (int64_t i = 0; i < s.contexts; i++)
+      for (int64_t key = ranges[s.at + 2 * i], end = ranges[s.at + 2 * i + 1]; key < end; key += KEYS)
+        visit(Block{key, std::min(KEYS, end - key), false});
+    for (int64_t key = s.start; is_causal && key < to; key += KEYS) visit(Block{key, std::min(KEYS, to - key), true});
   }
 };
 
-// A group's keys or values that a segment sees: [keys, D], and turned [D, width], with 0 where there is none.
-template <int D>
-void gather(const Batch& batch, const Segment& s, int64_t group, const float* x, float* rows, float* turned) {
-  const int64_t width = batch.width(s);
-  int64_t key = 0;
-  for (int64_t i = 0; i <= s.contexts; i++) {
-    const int64_t from = i < s.contexts ? batch.ranges[s.at + 2 * i] : s.start, to = i < s.contexts ? batch.ranges[s.at + 2 * i + 1] : s.stop;
-    for (int64_t token = from; token < to; token++, key++) {
-      const float* at = x + (token * batch.groups + group) * D;
-      for (int c = 0; c < D; c += 16) store(rows + key * D + c, loaded(at + c));
-      for (int c = 0; c < D; c++) turned[c * width + key] = at[c];
-    }
-  }
-  for (int c = 0; c < D; c++)
-    for (int64_t empty = key; empty < width; empty++) turned[c * width + empty] = 0;
-}
-
-// to [ROWS, width] = the products of ROWS rows of x with `keys` turned ones.
-template <int D, int ROWS>
-void rows_by_turned(const float* const* x, const float* turned, int64_t width, int64_t keys, float* to) {
-  for (int64_t j = 0; j < keys; j += 32) {
-    Lanes sums[ROWS][2] = {};
-    for (int t = 0; t < D; t++) {
-      const Lanes a = loaded(turned + t * width + j), b = loaded(turned + t * width + j + 16);
-      for (int r = 0; r < ROWS; r++) {
-        sums[r][0] += x[r][t] * a;
-        sums[r][1] += x[r][t] * b;
-      }
-    }
-    for (int r = 0; r < ROWS; r++) {
-      store(to + r * width + j, sums[r][0]);
-      store(to + r * width + j + 16, sums[r][1]);
-    }
-  }
-}
-
-// sums [ROWS, D] += the sum over `count` numbers of each row's share times a row of x, which lie `step` apart.
-template <int D, int ROWS>
-void add_rows(const float* shares, int64_t row, int64_t next, int64_t count, const float* x, int64_t step, Lanes (*sums)[D / 16]) {
-  for (int64_t j = 0; j < count; j++, x += step, shares += next) {
-    Lanes of[D / 16];
-    for (int c = 0; c < D / 16; c++) of[c] = loaded(x + 16 * c);
+// c [ROWS, 16 WIDTH] += a b, or = : a's rows lie `row` apart and its columns `column`, b's rows `step` apart and c's `to`. Sums stay in registers.
+template <int ROWS, int WIDTH>
+INLINE void multiply(const float* a, int64_t row, int64_t column, const float* b, int64_t step, int64_t depth, float* c, int64_t to, bool adds) {
+  Lanes sums[ROWS][WIDTH];
+  for (int r = 0; r < ROWS; r++)
+    for (int w = 0; w < WIDTH; w++) sums[r][w] = adds ? loaded(c + r * to + 16 * w) : Lanes{};
+  for (int64_t t = 0; t < depth; t++, a += column, b += step) {
+    Lanes of[WIDTH];
+    for (int w = 0; w < WIDTH; w++) of[w] = loaded(b + 16 * w);
     for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < D / 16; c++) sums[r][c] += shares[r * row] * of[c];
+      for (int w = 0; w < WIDTH; w++) sums[r][w] += a[r * row] * of[w];
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int w = 0; w < WIDTH; w++) store(c + r * to + 16 * w, sums[r][w]);
+}
+
+// The same of any number of rows, of which ROWS at a time fill the registers.
+template <int ROWS, int WIDTH>
+inline void multiply_rows(int64_t rows, const float* a, int64_t row, int64_t column, const float* b, int64_t step, int64_t depth, float* c, int64_t to,
+                          bool adds) {
+  int64_t i = 0;
+  for (; i + ROWS <= rows; i += ROWS) multiply<ROWS, WIDTH>(a + i * row, row, column, b, step, depth, c + i * to, to, adds);
+  for (; i + 4 <= rows; i += 4) multiply<4, WIDTH>(a + i * row, row, column, b, step, depth, c + i * to, to, adds);
+  for (; i < rows; i++) multiply<1, WIDTH>(a + i * row, row, column, b, step, depth, c + i * to, to, adds);
+}
+
+// c [rows, D] += a [rows, depth] b [depth, D].
+template <int D>
+inline void add_heads(int64_t rows, const float* a, int64_t row, int64_t column, const float* b, int64_t step, int64_t depth, float* c, int64_t to) {
+  constexpr int WIDTH = D > 64 ? 4 : D / 16;
+  for (int at = 0; at < D; at += 16 * WIDTH) multiply_rows<(WIDTH > 2 ? 6 : 12), WIDTH>(rows, a, row, column, b + at, step, depth, c + at, to, true);
+}
+
+// Sixteen rows of sixteen numbers become columns.
+INLINE void transpose(Lanes* x) {
+#if defined(__clang__)
+#define OF_BOTH(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define OF_BOTH(a, b, ...) __builtin_shuffle(a, b, Whole{__VA_ARGS__})
+#endif
+#define SWAP(distance, FIRST, SECOND)                  \
+  for (int i = 0; i < 16; i++)                         \
+    if (!(i & distance)) {                             \
+      const Lanes a = x[i], b = x[i + distance];       \
+      x[i] = OF_BOTH(a, b, FIRST);                     \
+      x[i + distance] = OF_BOTH(a, b, SECOND);         \
+    }
+#define LIST(...) __VA_ARGS__
+  SWAP(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30), LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+  SWAP(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29), LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  SWAP(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27), LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  SWAP(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23), LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#undef LIST
+#undef SWAP
+#undef OF_BOTH
+}
+
+// x [keys, D], rows `step` apart, as panels of PANEL columns: [any, D, PANEL], with 0 where there is no key.
+template <int D>
+void in_panels(const float* x, int64_t step, int64_t keys, float* to) {
+  for (int64_t key = 0; key < keys; key += 16) {
+    float* const panel = to + key / PANEL * D * PANEL + key % PANEL;
+    for (int t = 0; t < D; t += 16) {
+      Lanes square[16];
+      for (int64_t i = 0; i < 16; i++) square[i] = key + i < keys ? loaded(x + (key + i) * step + t) : Lanes{};
+      transpose(square);
+      for (int64_t i = 0; i < 16; i++) store(panel + (t + i) * PANEL, square[i]);
+    }
   }
 }
 
-// Rows [i, i + ROWS) of a segment and a head. shares has room for ROWS rows of scores.
-template <int D, int ROWS>
-void see(const Batch& batch, const Segment& s, int64_t head, int64_t i, const float* q, const float* turned_k, const float* v, const float* outer,
-         const float* outer_sums, float* shares, float* out, float* sums) {
-  const int64_t width = batch.width(s), before = batch.before(s), step = batch.heads * D;
-  const float* x[ROWS];
-  for (int r = 0; r < ROWS; r++) x[r] = q + (s.start + i + r) * step + head * D;
-  rows_by_turned<D, ROWS>(x, turned_k, width, before + i + ROWS, shares);
-  float by[ROWS], keeps[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    float* const mine = shares + r * width;
-    const int64_t seen = before + i + r + 1, place = head * batch.tokens + s.start + i + r;
-    float most = mine[0] * batch.factor, sum = 0;
-    for (int64_t j = 0; j < seen; j++) mine[j] *= batch.factor;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < seen; j++) most = mine[j] > most ? mine[j] : most;
-    for (int64_t j = 0; j < seen; j++) mine[j] = exponential(mine[j] - most);
-    for (int64_t j = seen; j < before + i + ROWS; j++) mine[j] = 0;
+// to [rows, KEYS] = x [rows, D] times so many keys, and those behind them up to a multiple of 16.
+template <int D>
+void by_panels(int64_t rows, const float* x, int64_t step, const float* panels, int64_t keys, float* to) {
+  for (int64_t j = 0; j < keys; j += PANEL)
+    if (keys - j > 16)
+      multiply_rows<STRIP, 2>(rows, x, step, 1, panels + j * D, PANEL, D, to + j, KEYS, false);
+    else
+      multiply_rows<STRIP, 1>(rows, x, step, 1, panels + j * D, PANEL, D, to + j, KEYS, false);
+}
+
+// Softmax so far of one more block of scores [keys]: they become shares of the largest yet, by which `sum` and out [d] are kept up too.
+INLINE void take_up(float* __restrict scores, int64_t keys, float factor, float& most, float& sum, float* __restrict out, int64_t d) {
+  float largest = scores[0] * factor, total = 0;
+  for (int64_t j = 0; j < keys; j++) scores[j] *= factor;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < keys; j++) largest = scores[j] > largest ? scores[j] : largest;
+  const float now = std::max(most, largest);
+  for (int64_t j = 0; j < keys; j++) scores[j] = exponential(scores[j] - now);
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < keys; j++) total += scores[j];
+  const float shrunk = std::exp(most - now);
+  most = now;
+  sum = sum * shrunk + total;
+  if (shrunk != 1)
+    for (int64_t c = 0; c < d; c++) out[c] *= shrunk;
+}
+
+// Of a segment the queries [from, to), of one group of heads.
+template <int D>
+void attend(const Batch& batch, const Segment& s, int64_t from, int64_t to, int64_t group, const float* q, const float* k, const float* v,
+            const float* outer, const float* outer_sums, float* out, float* sums) {
+  const int64_t step = batch.heads * D, key_step = batch.groups * D, first = group * batch.shared(), last = first + batch.shared(), n = to - from;
+  std::vector<float> panels(KEYS * D), scores(STRIP * KEYS), most((last - first) * n), sum((last - first) * n);
+  for (int64_t head = first; head < last; head++)
+    for (int64_t i = from; i < to; i++) {
+      const int64_t place = head * batch.tokens + i, mine = (head - first) * n + i - from;
+      float* const y = out + i * step + head * D;
+      // Another part begins where softmax over that one has ended.
+      most[mine] = outer ? outer_sums[place] : -1e30f;
+      sum[mine] = outer ? 1.0f : 0.0f;
+      for (int c = 0; c < D; c++) y[c] = outer ? outer[i * step + head * D + c] : 0.0f;
+    }
+  batch.each_block(s, to, [&](const Block& block) {
+    const float* const values = v + block.key * key_step + group * D;
+    in_panels<D>(k + block.key * key_step + group * D, key_step, block.count, panels.data());
+    for (int64_t head = first; head < last; head++)
+      for (int64_t i = from; i < to; i += STRIP) {
+        const int64_t rows = std::min(STRIP, to - i), most_seen = block.seen(i + rows - 1), mine = (head - first) * n + i - from;
+        float* const y = out + i * step + head * D;
+        by_panels<D>(rows, q + i * step + head * D, step, panels.data(), most_seen, scores.data());
+        for (int64_t r = 0; r < rows; r++) {
+          float* const row = scores.data() + r * KEYS;
+          const int64_t seen = block.seen(i + r);
+          if (seen) take_up(row, seen, batch.factor, most[mine + r], sum[mine + r], y + r * step, D);
+          std::fill(row + seen, row + most_seen, 0.0f);
+        }
+        add_heads<D>(rows, scores.data(), KEYS, 1, values, key_step, most_seen, y, step);
+      }
+  });
+  for (int64_t head = first; head < last; head++)
+    for (int64_t i = from; i < to; i++) {
+      const int64_t mine = (head - first) * n + i - from;
+      float* const y = out + i * step + head * D;
+      for (int c = 0; c < D; c++) y[c] /= sum[mine];
+      sums[head * batch.tokens + i] = most[mine] + std::log(sum[mine]);
+    }
+}
+
+// The gradients to those queries, and what is added by them to those to keys and values, where these are wanted.
+template <int D>
+void attend_back(const Batch& batch, const Segment& s, int64_t from, int64_t to, int64_t group, const float* of_out, const float* q, const float* k,
+                 const float* v, const float* out, const float* sums, float* of_q, float* of_k, float* of_v) {
+  const int64_t step = batch.heads * D, key_step = batch.groups * D, first = group * batch.shared(), last = first + batch.shared(), n = to - from;
+  std::vector<float> panels_k(KEYS * D), panels_v(KEYS * D), shares(QUERIES * KEYS), of_scores(QUERIES * KEYS), drift((last - first) * n);
+  for (int64_t head = first; head < last; head++)
+    for (int64_t i = from; i < to; i++) {
+      const float *const of = of_out + i * step + head * D, *const y = out + i * step + head * D;
+      float sum = 0;  // what softmax takes off every gradient
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < seen; j++) sum += mine[j];
-    float total = most + std::log(sum);
-    by[r] = 1 / sum;
-    if (outer) {  // two parts, each weighted by its share of all exponentials
-      const float own = total, other = outer_sums[place], larger = std::max(own, other);
-      total = larger + std::log(std::exp(own - larger) + std::exp(other - larger));
-      by[r] *= std::exp(own - total);
-      keeps[r] = std::exp(other - total);
+      for (int c = 0; c < D; c++) sum += of[c] * y[c];
+      drift[(head - first) * n + i - from] = sum;
+      std::fill_n(of_q + i * step + head * D, D, 0.0f);
     }
-    sums[place] = total;
-  }
-  Lanes made[ROWS][D / 16] = {};
-  add_rows<D, ROWS>(shares, width, 1, before + i + ROWS, v, D, made);
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < D / 16; c++) {
-      Lanes y = by[r] * made[r][c];
-      if (outer) y += keeps[r] * loaded(outer + (head * batch.tokens + s.start + i + r) * D + 16 * c);
-      store(out + (s.start + i + r) * step + head * D + 16 * c, y);
-    }
-}
-
-// The same rows backward: their shares and the gradients to their scores, which stay for the keys' gradients, and the gradient to q.
-template <int D, int ROWS>
-void see_back(const Batch& batch, const Segment& s, int64_t head, int64_t i, const float* of_out, const float* q, const float* k,
-              const float* turned_k, const float* turned_v, const float* out, const float* sums, float* shares, float* of_scores, float* of_q) {
-  const int64_t width = batch.width(s), before = batch.before(s), step = batch.heads * D, all = before + s.length();
-  const float *x[ROWS], *of[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    x[r] = q + (s.start + i + r) * step + head * D;
-    of[r] = of_out + (s.start + i + r) * step + head * D;
-  }
-  rows_by_turned<D, ROWS>(x, turned_k, width, before + i + ROWS, shares);
-  rows_by_turned<D, ROWS>(of, turned_v, width, before + i + ROWS, of_scores);
-  for (int r = 0; r < ROWS; r++) {
-    float *const mine = shares + r * width, *const gradient = of_scores + r * width;
-    const float* const y = out + (s.start + i + r) * step + head * D;
-    const float total = sums[head * batch.tokens + s.start + i + r];
-    const int64_t seen = before + i + r + 1;
-    float drift = 0;  // what softmax takes off every gradient
-#pragma omp simd reduction(+ : drift)
-    for (int c = 0; c < D; c++) drift += of[r][c] * y[c];
-    for (int64_t j = 0; j < seen; j++) mine[j] = exponential(mine[j] * batch.factor - total);
-    for (int64_t j = 0; j < seen; j++) gradient[j] = mine[j] * (gradient[j] - drift) * batch.factor;
-    for (int64_t j = seen; j < all; j++) mine[j] = gradient[j] = 0;
-  }
-  Lanes made[ROWS][D / 16] = {};
-  add_rows<D, ROWS>(of_scores, width, 1, before + i + ROWS, k, D, made);
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < D / 16; c++) store(of_q + (s.start + i + r) * step + head * D + 16 * c, made[r][c]);
-}
-
-// Keys [j, j + ROWS) of a segment and group: the gradients to them and to their values, from all segments that see them.
-template <int D, int ROWS>
-void be_seen_back(const Batch& batch, int64_t number, int64_t group, int64_t j, const float* of_out, const float* q, const float* shares,
-                  const float* of_scores, float* of_k, float* of_v) {
-  const Segment& mine = batch.segments[number];
-  const int64_t step = batch.heads * D, shared = batch.shared();
-  Lanes to_k[ROWS][D / 16] = {}, to_v[ROWS][D / 16] = {};
-  int64_t begin = 0;
-  for (int64_t other = 0; other < batch.count; other++) {
-    const Segment& s = batch.segments[other];
-    const int64_t width = batch.width(s);
-    int64_t place = 0, i = 0;
-    bool sees = other == number;
-    if (sees) {
-      place = batch.before(s);
-      i = j;  // earlier ones do not see it
-    } else {
-      for (int64_t one = 0; one < s.contexts && !sees; one++) {
-        sees = batch.ranges[s.at + 2 * one] == mine.start;
-        place += sees ? 0 : batch.ranges[s.at + 2 * one + 1] - batch.ranges[s.at + 2 * one];
+  batch.each_block(s, to, [&](const Block& block) {
+    const int64_t begin = block.key * key_step + group * D;
+    in_panels<D>(k + begin, key_step, block.count, panels_k.data());
+    in_panels<D>(v + begin, key_step, block.count, panels_v.data());
+    for (int64_t head = first; head < last; head++)
+      for (int64_t i = from; i < to; i += QUERIES) {
+        const int64_t rows = std::min(QUERIES, to - i), most_seen = block.seen(i + rows - 1);
+        for (int64_t top = 0; top < rows; top += STRIP) {
+          const int64_t tall = std::min(STRIP, rows - top), at = (i + top) * step + head * D, seen_here = block.seen(i + top + tall - 1);
+          float *const p = shares.data() + top * KEYS, *const g = of_scores.data() + top * KEYS;
+          by_panels<D>(tall, q + at, step, panels_k.data(), seen_here, p);
+          by_panels<D>(tall, of_out + at, step, panels_v.data(), seen_here, g);
+          for (int64_t r = 0; r < tall; r++) {
+            float *const __restrict share = p + r * KEYS, *const __restrict gradient = g + r * KEYS;
+            const int64_t query = i + top + r, seen = block.seen(query);
+            const float total = sums[head * batch.tokens + query], less = drift[(head - first) * n + query - from], factor = batch.factor;
+            for (int64_t j = 0; j < seen; j++) share[j] = exponential(share[j] * factor - total);
+            for (int64_t j = 0; j < seen; j++) gradient[j] = share[j] * (gradient[j] - less) * factor;
+            std::fill(share + seen, share + most_seen, 0.0f);
+            std::fill(gradient + seen, gradient + most_seen, 0.0f);
+          }
+          add_heads<D>(tall, g, KEYS, 1, k + begin, key_step, seen_here, of_q + at, step);
+        }
+        for (int64_t key = 0; of_k && key < most_seen; key += STRIP) {
+          const int64_t keys = std::min(STRIP, most_seen - key), query = block.first_to_see(key, i), deep = i + rows - query;
+          const int64_t scores = (query - i) * KEYS + key, row = query * step + head * D, place = begin + key * key_step;
+          add_heads<D>(keys, shares.data() + scores, 1, KEYS, of_out + row, step, deep, of_v + place, key_step);
+          add_heads<D>(keys, of_scores.data() + scores, 1, KEYS, q + row, step, deep, of_k + place, key_step);
+        }
       }
-    }
-    for (int64_t head = group * shared; sees && head < (group + 1) * shared; head++) {
-      const int64_t from = begin + (head * s.length() + i) * width + place + j, row = (s.start + i) * step + head * D;
-      add_rows<D, ROWS>(of_scores + from, 1, width, s.length() - i, q + row, step, to_k);
-      add_rows<D, ROWS>(shares + from, 1, width, s.length() - i, of_out + row, step, to_v);
-    }
-    begin += s.length() * batch.heads * width;
-  }
-  for (int r = 0; r < ROWS; r++)
-    for (int c = 0; c < D / 16; c++) {
-      const int64_t at = ((mine.start + j + r) * batch.groups + group) * D + 16 * c;
-      store(of_k + at, to_k[r][c]);
-      store(of_v + at, to_v[r][c]);
-    }
+  });
 }
 
-// Rows that are taken together: their sums of D numbers each stay in registers.
-template <int D>
-constexpr int TOGETHER = D > 64 ? 2 : 4;
+// All parts: of which segment, which queries.
+struct Part {
+  const Segment* segment;
+  int64_t from, to;
+};
+
+std::vector<Part> parts_of(const Batch& batch) {
+  std::vector<Part> parts;
+  for (const Segment* s = batch.segments; s < batch.segments + batch.count; s++)
+    for (int64_t i = 0, all = s->parts(), n = s->stop - s->start; i < all; i++) parts.push_back({s, s->start + n * i / all, s->start + n * (i + 1) / all});
+  return parts;
+}
 
 template <int D>
-void attend(const Batch& batch, const float* q, const float* k, const float* v, const float* outer, const float* outer_sums, float* out, float* sums) {
+void attend_all(const Batch& batch, const float* q, const float* k, const float* v, const float* outer, const float* outer_sums, float* out, float* sums) {
+  const std::vector<Part> parts = parts_of(batch);
+  const int64_t all = parts.size() * batch.groups;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = all - 1; i >= 0; i--) {  // those that see most first
+    const Part& part = parts[i / batch.groups];
+    attend<D>(batch, *part.segment, part.from, part.to, i % batch.groups, q, k, v, outer, outer_sums, out, sums);
+  }
+}
+
+// Each copy of the gradients to keys and values is added up by one thread a group of heads. Segments that are alone need no second one: each is a
+// thread's, and so are its keys.
+template <int D>
+void attend_all_back(const Batch& batch, int64_t copies, const float* of_out, const float* q, const float* k, const float* v, const float* out,
+                     const float* sums, float* of_q, float* of_k, float* of_v) {
+  const std::vector<Part> parts = parts_of(batch);
+  const bool by_segment = batch.are_alone() && copies == 1;
+  const int64_t size = batch.keys * batch.groups * D, shares = by_segment ? batch.count : copies;
 #pragma omp parallel
   {
-    std::vector<float> keys, values, turned, scores;
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < batch.count * batch.groups; part++) {
-      const Segment& s = batch.segments[part / batch.groups];
-      const int64_t group = part % batch.groups, width = batch.width(s);
-      keys.resize(width * D);
-      values.resize(width * D);
-      turned.resize(width * D);
-      scores.resize(TOGETHER<D> * width);
-      gather<D>(batch, s, group, v, values.data(), turned.data());
-      gather<D>(batch, s, group, k, keys.data(), turned.data());
-      for (int64_t head = group * batch.shared(); head < (group + 1) * batch.shared(); head++) {
-        int64_t i = 0;
-        for (constexpr int N = TOGETHER<D>; i + N <= s.length(); i += N) see<D, N>(batch, s, head, i, q, turned.data(), values.data(), outer, outer_sums, scores.data(), out, sums);
-        for (; i < s.length(); i++) see<D, 1>(batch, s, head, i, q, turned.data(), values.data(), outer, outer_sums, scores.data(), out, sums);
-      }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < (of_k ? copies * batch.keys * batch.groups : 0); row++) {
+      std::fill_n(of_k + row * D, D, 0.0f);
+      std::fill_n(of_v + row * D, D, 0.0f);
     }
-  }
-}
-
-template <int D>
-void attend_back(const Batch& batch, const float* of_out, const float* q, const float* k, const float* v, const float* out, const float* sums,
-                 float* shares, float* of_scores, float* of_q, float* of_k, float* of_v) {
-#pragma omp parallel
-  {
-    std::vector<float> keys, values, turned_k, turned_v;
 #pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < batch.count * batch.groups; part++) {
-      const Segment& s = batch.segments[part / batch.groups];
-      const int64_t group = part % batch.groups, width = batch.width(s), begin = batch.scores(part / batch.groups);
-      for (auto* room : {&keys, &values, &turned_k, &turned_v}) room->resize(width * D);
-      gather<D>(batch, s, group, k, keys.data(), turned_k.data());
-      gather<D>(batch, s, group, v, values.data(), turned_v.data());
-      for (int64_t head = group * batch.shared(); head < (group + 1) * batch.shared(); head++) {
-        float *const p = shares + begin + head * s.length() * width, *const g = of_scores + begin + head * s.length() * width;
-        int64_t i = 0;
-        for (constexpr int N = TOGETHER<D>; i + N <= s.length(); i += N)
-          see_back<D, N>(batch, s, head, i, of_out, q, keys.data(), turned_k.data(), turned_v.data(), out, sums, p + i * width, g + i * width, of_q);
-        for (; i < s.length(); i++)
-          see_back<D, 1>(batch, s, head, i, of_out, q, keys.data(), turned_k.data(), turned_v.data(), out, sums, p + i * width, g + i * width, of_q);
+    for (int64_t i = 0; i < shares * batch.groups; i++) {
+      const int64_t share = i / batch.groups, group = i % batch.groups, copy = by_segment ? 0 : share;
+      for (size_t number = 0; number < parts.size(); number++) {
+        const Part& part = parts[number];
+        if (by_segment ? part.segment != batch.segments + share : int64_t(number) % copies != copy) continue;
+        attend_back<D>(batch, *part.segment, part.from, part.to, group, of_out, q, k, v, out, sums, of_q, of_k ? of_k + copy * size : nullptr,
+                       of_k ? of_v + copy * size : nullptr);
       }
-    }
-    // What all threads have made above is read here. Each key's gradient is added up by one of them, in the same order whatever their number.
-#pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < batch.count * batch.groups; part++) {
-      const int64_t number = part / batch.groups, group = part % batch.groups, length = batch.segments[number].length();
-      int64_t j = 0;
-      for (constexpr int N = TOGETHER<D>; j + N <= length; j += N) be_seen_back<D, N>(batch, number, group, j, of_out, q, shares, of_scores, of_k, of_v);
-      for (; j < length; j++) be_seen_back<D, 1>(batch, number, group, j, of_out, q, shares, of_scores, of_k, of_v);
     }
   }
 }
 
 }  // namespace
 
-// out [tokens, heads, d], and sums [heads, tokens], the natural log sum exp of each query's scores. outer [heads, tokens, d] and outer_sums are
-// those of what every token sees besides, or null. d is 16, 32, 64 or 128.
-extern "C" void ragged(const Segment* segments, const int64_t* ranges, int64_t count, int64_t tokens, int64_t heads, int64_t groups, int64_t d,
-                       float factor, const float* q, const float* k, const float* v, const float* outer, const float* outer_sums, float* out,
-                       float* sums) {
-  const Batch batch = {segments, ranges, count, tokens, heads, groups, factor};
-  const auto attending = d == 16 ? attend<16> : d == 32 ? attend<32> : d == 64 ? attend<64> : attend<128>;
+// out [tokens, heads, d], and sums [heads, tokens], the natural log sum exp of each query's scores. outer and outer_sums are those of what every
+// token sees besides, or null. d is 16, 32, 64 or 128.
+extern "C" void ragged(const Segment* segments, const int64_t* ranges, int64_t count, int64_t tokens, int64_t keys, int64_t heads, int64_t groups,
+                       int64_t d, int64_t is_causal, float factor, const float* q, const float* k, const float* v, const float* outer,
+                       const float* outer_sums, float* out, float* sums) {
+  const Batch batch = {segments, ranges, count, tokens, keys, heads, groups, is_causal != 0, factor};
+  const auto attending = d == 16 ? attend_all<16> : d == 32 ? attend_all<32> : d == 64 ? attend_all<64> : attend_all<128>;
   attending(batch, q, k, v, outer, outer_sums, out, sums);
 }
 
-// The gradients to q, k and v; shares and of_scores are room for all scores, Batch.scores(count) numbers each.
-extern "C" void ragged_back(const Segment* segments, const int64_t* ranges, int64_t count, int64_t tokens, int64_t heads, int64_t groups,
-                            int64_t d, float factor, const float* of_out, const float* q, const float* k, const float* v, const float* out,
-                            const float* sums, float* shares, float* of_scores, float* of_q, float* of_k, float* of_v) {
-  const Batch batch = {segments, ranges, count, tokens, heads, groups, factor};
-  const auto attending = d == 16 ? attend_back<16> : d == 32 ? attend_back<32> : d == 64 ? attend_back<64> : attend_back<128>;
-  attending(batch, of_out, q, k, v, out, sums, shares, of_scores, of_q, of_k, of_v);
+// The gradients to q, k and v; of_k and of_v [copies, keys, groups, d], to be added up, or null.
+extern "C" void ragged_back(const Segment* segments, const int64_t* ranges, int64_t count, int64_t tokens, int64_t keys, int64_t heads,
+                            int64_t groups, int64_t d, int64_t is_causal, float factor, int64_t copies, const float* of_out, const float* q,
+                            const float* k, const float* v, const float* out, const float* sums, float* of_q, float* of_k, float* of_v) {
+  const Batch batch = {segments, ranges, count, tokens, keys, heads, groups, is_causal != 0, factor};
+  const auto attending = d == 16 ? attend_all_back<16> : d == 32 ? attend_all_back<32> : d == 64 ? attend_all_back<64> : attend_all_back<128>;
+  attending(batch, copies, of_out, q, k, v, out, sums, of_q, of_k, of_v);
 }

@@ -11,7 +11,7 @@ from tunesmith.config import Base, Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import CARDS
 from tunesmith.plan.optimizers import state_bytes
 from tunesmith.plan.replay import Setting, replayed
-from tunesmith.plan.shapes import ModelShape, gathers_by_hooks, joins_adapters, multiplies_int8, without_liger
+from tunesmith.plan.shapes import HEAD_DIMS, ModelShape, gathers_by_hooks, joins_adapters, multiplies_int8, without_liger
 
 GIB = 2**30
 BYTES = {Compute.fp32: 4, Compute.fp16: 2, Compute.bf16: 2}
@@ -191,7 +191,7 @@ def setting_of(shape: ModelShape, config: Config, *, cpu: bool = False, accumula
         liger=not cpu and card is not None and not without_liger(config, card.capability, not shape.fused),
         repeats_keys=not flash,
         masked=0 if merges else config.data.max_tokens,
-        longest=config.data.max_tokens if cpu and compute == 4 else 0,
+        at_once=cpu and compute == 4 and shape.head_dim in HEAD_DIMS,
         accumulates=accumulates,
     )
 

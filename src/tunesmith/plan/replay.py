@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tunesmith.plan.elementwise import Elementwise
-from tunesmith.plan.shapes import KEYS_MULTIPLE, Linear, ModelShape, attends_at_once, logits_at_once, words_at_once
+from tunesmith.plan.shapes import Linear, ModelShape, logits_at_once, words_at_once
 from tunesmith.plan.tape import Block, Gradients, Heap, Node, Value, spent
 
 SCRATCH = 0.7e6
@@ -91,8 +91,8 @@ class Setting:
     masked: int = 0
     """Where no kernels can be merged (model/kernels.py: head sizes that are not in eights, on a card), keys of virtual tokens are copied to
     each conversation, and a mask has this many rows: tokens of the longest conversation. 0: elsewhere."""
-    longest: int = 0
-    """Tokens of the longest conversation where a CPU may attend to all of them at once (`attends_at_once`); 0: it never does."""
+    at_once: bool = False
+    """A CPU attends by C++, to all that a token sees at once (model/ragged.h)."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
@@ -115,7 +115,7 @@ class Step(Elementwise):
     # --- operators -------------------------------------------------------------------------------------------------
 
     def attend(self, q: Value, k: Value, v: Value) -> Value:
-        """Fused attention, which keeps no scores; on a CPU that of short conversations has all of them in backward (model/ragged.h)."""
+        """Fused attention, which keeps no scores."""
         setting = self.setting
         if setting.prefix or setting.prompt:
             return self.attend_to_virtual(q, k, v)
@@ -126,24 +126,13 @@ class Step(Elementwise):
         out = self.block(q.size)
         sums = self.block(q.rows * self.shape.heads * 4)
         sizes = [value.size for value in (q, k, v)]
-        at_once = self.scores_at_once(q, setting.longest)
         self.function()
 
         def run(_: list[Block], saved: object = (q.block, k.block, v.block, out, sums)) -> Gradients:
             self.function()
-            made = tuple(self.block(size) for size in sizes)
-            scores = self.block(at_once)
-            del scores
-            return made
+            return tuple(self.block(size) for size in sizes)
 
         return self.apply((q, k, v), q.rows, q.width, q.bytes, run, block=out)
-
-    def scores_at_once(self, q: Value, keys: int) -> float:
-        """Bytes of the scores and of the gradients to them that backward keeps where all are attended to at once; 0 where they are not."""
-        if not self.setting.longest:
-            return 0.0
-        scores = int(q.rows * self.shape.heads * -(-keys // KEYS_MULTIPLE) * KEYS_MULTIPLE)
-        return 8.0 * scores if attends_at_once(self.shape.head_dim, scores, by_tiles=False) else 0.0
 
     def attend_to_virtual(self, q: Value, k: Value, v: Value) -> Value:
         """Attention to keys that all conversations share and to one's own.
@@ -170,8 +159,7 @@ class Step(Elementwise):
             learned = (self.apply((), virtual, 2 * shape.kv_width, k.bytes, run_learned, block=node_block, trained=True),)
         sums = self.block(q.rows * shape.heads * 4)
         # Learned keys are beside what is attended to at once, a prompt's tokens among it.
-        at_once = self.scores_at_once(q, setting.longest + setting.prompt)
-        if at_once:
+        if setting.at_once:
             outer = self.block(q.size if learned else 0)
             out = self.block(q.size)
             kept: tuple[Block, ...] = (k.block, v.block, *(one.block for one in learned))
@@ -193,10 +181,8 @@ class Step(Elementwise):
 
         def run(_: list[Block], saved: object = (q.block, out, sums, *kept)) -> Gradients:
             self.function(not setting.masked)
-            if at_once:
+            if setting.at_once:
                 made = [self.block(size) if size else None for size in sizes]
-                scores = self.block(at_once)
-                del scores
                 of_outer = self.block(sizes[0] if learned else 0)
                 del of_outer
                 return (*made, *(self.block(0) for _ in learned))
@@ -209,7 +195,7 @@ class Step(Elementwise):
             return (*gradients, *(self.block(0) for _ in learned))
 
         merged_out = self.apply((q, k, v, *learned), q.rows, q.width, q.bytes, run, block=out)
-        if setting.prompt and not at_once:  # the virtual tokens' own attention and the others' are put into one tensor
+        if setting.prompt and not setting.at_once:  # the virtual tokens' own attention and the others' are put into one tensor
             return self.apply((merged_out,), q.rows, q.width, q.bytes, lambda given: (given[0],))
         return merged_out
 

@@ -195,23 +195,12 @@ def gathers_by_hooks(engine: Engine) -> bool:
 
 
 HEAD_DIMS = (16, 32, 64, 128)
-FEW_SCORES, FEW_BY_TILES = 1 << 21, 1 << 19
-"""More of them are faster by torch's kernels, or by tiles (docs/log.md)."""
-KEYS_MULTIPLE = 32
-"""Of keys that scores are kept for (model/ragged.h)."""
+"""Numbers of a head that C++ attends with on a CPU in fp32 (model/ragged.h)."""
 
 
 def logits_at_once(positions: int) -> int:
     """Of how many of these positions logits exist together (model/loss.py): pieces of one size but the last, of LOGITS_ROWS at most."""
     return -(-positions // max(1, -(-positions // LOGITS_ROWS)))
-
-
-def attends_at_once(head_dim: int, scores: int, by_tiles: bool) -> bool:
-    """Whether a CPU attends in fp32 in one pass of C++, which keeps so many scores of all heads in backward (model/ragged.h).
-
-    by_tiles: AMX's tiles would do it otherwise (precision.matmul=high).
-    """
-    return head_dim in HEAD_DIMS and scores <= (FEW_BY_TILES if by_tiles else FEW_SCORES)
 
 
 def words_at_once(vocabulary: int, width: int) -> int:
