@@ -58,6 +58,15 @@ def test_all_ranks_go_on_with_half_the_micro_batch(
     assert done.losses == pytest.approx(whole.losses, rel=1e-5), "the global step is the same"
 
 
+def test_the_probe_in_fp16_may_run_out_too(overrides: list[str], tmp_path: Path) -> None:
+    words = [*overrides, "+exp=lora_cpu", *SMALL, "engine=accelerate", "precision=fp16"]
+    done = with_shortage("torchrun", words, 2, "1:0:oom_probe", tmp_path)
+    assert done.code == 0, done.output
+    (event,) = json.loads((done.run / "restarts.json").read_text())["events"]
+    assert (event["rank"], event["step"], event["phase"], event["micro_batch"]) == (1, 0, "fp16 probe", 4)
+    assert json.loads((done.run / "plan.json").read_text())["micro_batch"] == 2 and len(done.losses) == 4
+
+
 def test_with_one_conversation_left_it_is_said_what_needs_less(overrides: list[str], tmp_path: Path) -> None:
     done = with_shortage("python", [*overrides, "+exp=lora_cpu", *SMALL, "engine=accelerate", "train.micro_batch=1"], 1, "0:1:oom_forward", tmp_path)
     assert done.code == 3

@@ -33,7 +33,7 @@ class OutOfMemory(Exception):
         self.step = step
         """Updates that were done."""
         self.phase = phase
-        """forward, backward, optimizer, or held-out."""
+        """fp16 probe, forward, backward, optimizer, or held-out loss."""
         self.micro_batch = micro_batch
 
 

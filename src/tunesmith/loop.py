@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +72,15 @@ class Training:
         return cls(config, plan, engine, batches, dev, meter, CardSensors(engine.device), sinks, saves, stop, states)
 
 
-    @contextmanager
-    def memory(self, step: int) -> Iterator[None]:
-        """Tell that memory did not suffice, whichever library says so."""
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemory(step, self.meter.at, self.plan.micro_batch, error) from error
+@contextmanager
+def enough_memory(plan: Plan, step: int, phase: Callable[[], str]) -> Iterator[None]:
+    """Tell that memory did not suffice, whichever library says so."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(step, phase(), plan.micro_batch, error) from error
 
 
 def batches_of(config: Config, plan: Plan, dataset: Dataset, states: FrozenStates | None = None) -> Batches:
@@ -128,7 +128,8 @@ def check_range(config: Config, plan: Plan, engine: Engine, dataset: Dataset) ->
         return ""
     world = engine.world
     batch = batches_of(config, plan, dataset).micro_batches(0, world.rank, world.size)[0]
-    of_ranks = engine.gather(probe(engine.loss_module, batch))
+    with enough_memory(plan, 0, lambda: "fp16 probe"):
+        of_ranks = engine.gather(probe(engine.loss_module, batch))
     widest = max((one.widest for one in of_ranks), key=lambda one: one.largest)
     roughest = max((one.roughest for one in of_ranks), key=lambda one: one.error)
     if widest.overflows:
@@ -148,7 +149,7 @@ def train(parts: Training, done: int) -> tuple[int, str]:
     over = 0 < every.patience <= best.waited
     parts.stop.arm()
     while done < last and not over:
-        with parts.memory(done):
+        with enough_memory(parts.plan, done, lambda: parts.meter.at):
             metrics = take_step(parts, done)
             parts.batches.note(done)
             done += 1
