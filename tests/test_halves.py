@@ -15,7 +15,7 @@ from tunesmith.config import Base, Batching, Compute, Config, Int8, Refusal
 from tunesmith.data.layout import lay_out
 from tunesmith.hardware import Machine
 from tunesmith.model import TargetLoss, build_model, for_generation
-from tunesmith.model.halves import LARGEST, Probe, Range, advice, probe
+from tunesmith.model.halves import LARGEST, ROWS, Probe, Range, advice, probe
 from tunesmith.plan import PlanError, make_plan
 
 CPU = torch.device("cpu")
@@ -180,3 +180,15 @@ def test_a_weight_that_is_no_number_in_fp16_is_named(tmp_path: Path) -> None:
     _, module = built(grown(tmp_path, "mlp.up_proj", 7e4))
     found = looked_at(module)
     assert found.overflows and found.largest == math.inf and found.name.endswith("layers.1.mlp.up_proj.base_layer")
+
+
+def test_no_more_logits_are_made_at_once_than_in_training(tmp_path: Path) -> None:
+    """A long conversation and a large vocabulary: the probe must not run out of memory where training does not."""
+    _, module = built(grown(tmp_path, "mlp.down_proj", 1.0))
+    batch = lay_out(examples(40), Batching.ragged)
+    assert len(batch.predicting) > ROWS
+    rows: list[int] = []
+    module.model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: rows.append(len(output.flatten(0, -2))))
+    with torch.autocast("cpu", dtype=torch.float16):
+        probe(module, batch)
+    assert rows == [ROWS]

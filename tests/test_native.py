@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import accumulate
 
 import pytest
 import torch
@@ -171,8 +172,9 @@ def test_attention_of_short_segments_gives_the_same_bits_whatever_threads_share(
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
+@pytest.mark.parametrize("d", [16, 64, 128])
 @pytest.mark.parametrize("name", ["one", "many", "uneven", "beginning", "nested"])
-def test_attention_of_long_segments_is_plain_arithmetics(name: str) -> None:
+def test_attention_of_long_segments_is_plain_arithmetics(name: str, d: int) -> None:
     """Several blocks of keys, several parts of a segment and several copies of the gradients to keys, with and without what is continued."""
     segments = {
         "one": (Segment(0, 700),),
@@ -182,7 +184,7 @@ def test_attention_of_long_segments_is_plain_arithmetics(name: str) -> None:
         "nested": (Segment(0, 260), Segment(260, 600, ((0, 260),)), Segment(600, 900, ((0, 260), (260, 600)))),
     }[name]
     torch.manual_seed(0)
-    heads, groups, d, tokens = 6, 3, 16, segments[-1].stop
+    heads, groups, tokens = 6, 3, segments[-1].stop
     exact = [torch.randn(tokens, many, d, dtype=torch.float64) for many in (heads, groups, groups)]
     mine, exact = [x.float().requires_grad_() for x in exact], [x.requires_grad_() for x in exact]
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
@@ -193,7 +195,7 @@ def test_attention_of_long_segments_is_plain_arithmetics(name: str) -> None:
     q, k, v = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in exact)
     wanted = ((q @ k.mT * d**-0.5).masked_fill(~sees, -torch.inf).softmax(-1) @ v).transpose(0, 1)
     layout = Layout(segments)
-    assert layout.native.copies(groups) == (1 if name == "many" else 4)
+    assert layout.native.copies(groups) == (1 if name == "many" else 4), "of four threads or fewer"
     out = attention._AtOnce.apply(*mine, torch.empty(0, groups, d), torch.empty(0, groups, d), layout.native, None)
     assert near(out, wanted)
     assert all(near(one, other) for one, other in zip(gradients(out, *mine), gradients(wanted, *exact), strict=True))
@@ -209,7 +211,56 @@ def test_scores_of_a_thousand_are_no_infinity() -> None:
     assert torch.allclose(sums[0, 500:], torch.tensor(1000.0)) and torch.allclose(out[499], v[:500].mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_no_number_stays_with_those_who_see_it() -> None:
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_many_queries_see_many_keys_of_others(threads: int) -> None:
+    """A part of attention that is apart from the others: out and gradients of all keys, and merged with what is seen besides."""
+    torch.manual_seed(0)
+    n, keys, heads, groups, d, before = 400, 600, 4, 2, 32, torch.get_num_threads()
+    exact = [torch.randn(many, width, d, dtype=torch.float64) for many, width in ((n, heads), *[(n, groups)] * 2, *[(keys, groups)] * 2)]
+    mine, exact = [x.float().requires_grad_() for x in exact], [x.requires_grad_() for x in exact]
+    q, k, v, first_k, first_v = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in exact)
+    sees = torch.cat([torch.ones(n, keys), torch.ones(n, n).tril()], 1).bool()
+    scores = (q @ torch.cat([first_k, k], 1).mT * d**-0.5).masked_fill(~sees, -torch.inf)
+    wanted = (scores.softmax(-1) @ torch.cat([first_v, v], 1)).transpose(0, 1)
+    torch.set_num_threads(threads)
+    try:
+        out = attention._AtOnce.apply(*mine, native.Segments([(0, n, ())]), None)
+        found = gradients(out, *mine)
+    finally:
+        torch.set_num_threads(before)
+    assert near(out, wanted)
+    assert all(near(one, other) for one, other in zip(found, gradients(wanted, *exact), strict=True))
+
+
+def test_threads_share_one_long_segment_and_add_up_the_same() -> None:
+    torch.manual_seed(0)
+    mine = [torch.randn(700, many, 32).requires_grad_() for many in (3, 1, 1)]
+    nothing, threads, found = torch.empty(0, 1, 32), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            out = attention._AtOnce.apply(*mine, nothing, nothing, native.Segments([(0, 700, ())]), None)
+            found.append((out, *gradients(out, *mine)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "threads", "copies"),
+    [([700], 3, 2, 4), ([700], 4, 2, 1), ([700], 2, 16, 8), ([150] * 16, 1, 2, 1), ([1500, *[50] * 15], 1, 2, 4), ([40] * 4, 8, 2, 1)],
+)
+def test_gradients_to_keys_have_as_many_copies_as_threads_want(lengths: list[int], groups: int, threads: int, copies: int) -> None:
+    ends, before = list(accumulate(lengths)), torch.get_num_threads()
+    segments = native.Segments([(end - length, end, ()) for end, length in zip(ends, lengths, strict=True)])
+    torch.set_num_threads(threads)
+    try:
+        assert segments.copies(groups) == copies
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_key_that_is_no_number_stays_with_those_who_see_it() -> None:
     q, k, v = (torch.randn(300, 1, 32) for _ in range(3))
     k[290] = float("nan")
     out, _ = native.attended(q, k, v, native.Segments([(0, 300, ())]), 1.0)

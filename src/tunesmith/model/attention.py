@@ -1,9 +1,10 @@
 """Attention over conversations laid end to end: no token sees another conversation, and no T x T mask exists.
 
 Registered through transformers' AttentionInterface, so every model that takes its attention from there has it. The linear
-layers see real tokens only. Here alone conversations of similar length are put into a rectangle, padded on the right, where
-causality already hides the padding from every real token; or, where a kernel takes segments between bounds (kernels.py),
-they stay end to end. Segments that continue a common beginning attend to it without a copy of it.
+layers see real tokens only. In fp32 on a CPU attention does too: C++ takes all segments at once (ragged.h). Elsewhere
+conversations of similar length are put into a rectangle, padded on the right, where causality already hides the padding from
+every real token; or, where a kernel takes segments between bounds (kernels.py), they stay end to end. Segments that continue
+a common beginning attend to it without a copy of it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 
 from tunesmith.model import attention
 from tunesmith.model.adapters import inner_model
+from tunesmith.model.kernels import by_passes
 
 OPEN = 0.75
 """Rows whose answer has ended are taken out as soon as fewer than this share is still open: to take them out copies the others' keys."""
@@ -32,8 +33,9 @@ def read_beginning(model: Any, ids: Sequence[int]) -> Beginning:
     base, cache = inner_model(model), DynamicCache()
     device = next(base.parameters()).device
     base(input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # In memory a head's tokens lie one after the other, as matmuls want them.
-    return Beginning(tuple(ids), [torch.stack([layer.keys[0], layer.values[0]]).transpose(1, 2) for layer in cache.layers])
+    # In memory a head's tokens lie one after the other, as matmuls want them, or a token's heads, as C++ reads them.
+    keys = [torch.stack([layer.keys[0], layer.values[0]]).transpose(1, 2) for layer in cache.layers]
+    return Beginning(tuple(ids), [one.contiguous() if by_passes(one) else one for one in keys])
 
 
 @torch.no_grad()

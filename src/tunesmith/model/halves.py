@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +78,7 @@ def probe(module: TargetLoss, batch: MicroBatch) -> Probe:
     try:
         module.eval()
         module.whole_logits = True  # the head is one of those that are looked at
-        module(batch)
+        module(_with_few_logits(batch))
     finally:
         module.whole_logits = False
         for handle in handles:
@@ -86,6 +86,14 @@ def probe(module: TargetLoss, batch: MicroBatch) -> Probe:
         module.train(was_training)
     widest = next((one for one in seen if one.overflows), max(seen, key=lambda one: one.largest))
     return Probe(widest, max(seen, key=lambda one: one.error))
+
+
+def _with_few_logits(batch: MicroBatch) -> MicroBatch:
+    """With ROWS predictions at most: their logits are made all at once here, and in training so many at a time (loss.py)."""
+    of = torch.arange(len(batch.labels)) if batch.rows is None else batch.rows
+    chosen = of < ROWS
+    rows = None if batch.rows is None else of[chosen]
+    return replace(batch, predicting=batch.predicting[:ROWS], rows=rows, labels=batch.labels[chosen], counts=batch.counts[chosen])
 
 
 def _range_of(name: str, part: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> Range:

@@ -1,4 +1,5 @@
-"""What stands between matmuls, in C++ on a CPU in fp32: passes over rows, each of which reads and writes a tensor once (native.cpp).
+"""What stands between matmuls, in C++ on a CPU in fp32: passes over rows, each of which reads and writes a tensor once (native.cpp), and
+attention (ragged.h).
 
 PyTorch has several operators for each of them, and each of those goes through memory. Where there is no compiler, a line says so and
 PyTorch's operators do the same.
@@ -129,8 +130,8 @@ def softmaxed_back(scores: torch.Tensor, of_shares: torch.Tensor, sums: torch.Te
     _call("softmax_back", scores, of_shares, sums, drift, *scores.shape)
 
 
-PARTS, MANY = 4, 16
-"""Of the work of attention's backward: a multiple of so many, of one size; or at least so many, of any."""
+FEW, MANY = 4, 16
+"""Parts of attention's backward, up to so many threads, and beyond."""
 
 
 class Segments:
@@ -145,7 +146,10 @@ class Segments:
         self._segments = torch.from_numpy(np.column_stack([places, begins]))
         self._ranges = torch.tensor([number for _, _, context in segments for one in context for number in one] or [0], dtype=torch.int64)
         self._is_causal = is_causal
-        self._are_alone = is_causal and not places[:, 2].any()
+        lengths = places[:, 1] - places[:, 0]
+        largest = float(np.square(lengths).max(initial=0) / max(1, np.square(lengths).sum()))
+        self._share = largest if is_causal and not places[:, 2].any() else math.inf
+        """Of all scores those of the segment that has most, where each sees itself alone."""
         seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
         self.scores = int(((places[:, 1] - places[:, 0]) * seen).sum())
         """Of a head, those that causality hides included."""
@@ -155,14 +159,20 @@ class Segments:
         return self._segments, self._ranges, len(self._segments), *shape, int(self._is_causal), ctypes.c_float(factor)
 
     def copies(self, groups: int) -> int:
-        """Of the gradients to keys: threads add up one each of a group of heads, or of a segment that is alone; whatever their number, all
-        add up the same."""
-        return 1 if self._are_alone and len(self._segments) * groups >= MANY else PARTS // math.gcd(PARTS, groups)
+        """Of the gradients to keys, each of which one thread adds up for a group of heads; 1 where it does so for one segment too.
+
+        The same for one thread as for some, so that all add up in the same order.
+        """
+        parts = FEW if torch.get_num_threads() <= FEW else MANY
+        if self._share * parts <= groups and len(self._segments) * groups >= 2 * parts:
+            return 1
+        return parts // math.gcd(parts, groups)
 
 
 @lru_cache(maxsize=64)
 def sees_all(queries: int, keys: int) -> Segments:
     """So many queries, each of which sees all of so many keys of others."""
+    assert keys
     return Segments([(0, queries, ((0, keys),))], is_causal=False)
 
 
@@ -185,7 +195,7 @@ def attended_back(
     factor: float, wants_keys: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """The gradients to q, k and v (those only where they are wanted) of what `attended` has given, or of its part in merged ones."""
-    of_q, copies = torch.empty_like(q), segments.copies(k.shape[1]) if wants_keys else MANY
+    of_q, copies = torch.empty_like(q), segments.copies(k.shape[1]) if wants_keys else 4 * torch.get_num_threads()
     of_k, of_v = (k.new_empty(copies, *k.shape) for _ in range(2)) if wants_keys else (None, None)
     _call("ragged_back", *segments.arguments(q, k, factor), copies, of_out, q, k, v, out, sums, of_q, of_k, of_v)
     of_k, of_v = (x if x is None else x[0] if copies == 1 else x.sum(0) for x in (of_k, of_v))
@@ -234,5 +244,5 @@ def _rotations(parts: Sequence[torch.Tensor], blocks: Sequence[int]) -> tuple[ob
 @cache
 def library() -> ctypes.CDLL | None:
     """native.cpp for this CPU; None, with a line, where there is no compiler."""
-    without = "norms, gates and rotary embedding take several passes each, and precision.int8=dynamic saves little"
+    without = "norms, gates and rotary embedding take several passes each, attention is torch's, and precision.int8=dynamic saves little"
     return compiled.library(Path(__file__).with_suffix(".cpp"), without)

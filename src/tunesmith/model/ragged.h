@@ -38,11 +38,6 @@ struct Batch {
   bool is_causal;
   float factor;
   int64_t shared() const { return heads / groups; }
-  int64_t parts() const {
-    int64_t sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += segments[i].parts();
-    return sum;
-  }
   // Whether nobody sees keys of another segment.
   bool are_alone() const {
     return is_causal && std::all_of(segments, segments + count, [](const Segment& s) { return !s.contexts; });
@@ -155,12 +150,19 @@ INLINE void take_up(float* __restrict scores, int64_t keys, float factor, float&
     for (int64_t c = 0; c < d; c++) out[c] *= shrunk;
 }
 
+// A thread's own memory, for one part after the other: blocks of keys and values in panels and of scores, and two numbers of each query.
+struct Room {
+  std::vector<float> keys, values, shares, of_scores, some, others;
+  Room(int64_t d, int64_t rows, int64_t queries, bool is_back)
+      : keys(KEYS * d), values(is_back ? KEYS * d : 0), shares(rows * KEYS), of_scores(is_back ? rows * KEYS : 0), some(queries), others(queries) {}
+};
+
 // Of a segment the queries [from, to), of one group of heads.
 template <int D>
 void attend(const Batch& batch, const Segment& s, int64_t from, int64_t to, int64_t group, const float* q, const float* k, const float* v,
-            const float* outer, const float* outer_sums, float* out, float* sums) {
+            const float* outer, const float* outer_sums, float* out, float* sums, Room& room) {
   const int64_t step = batch.heads * D, key_step = batch.groups * D, first = group * batch.shared(), last = first + batch.shared(), n = to - from;
-  std::vector<float> panels(KEYS * D), scores(STRIP * KEYS), most((last - first) * n), sum((last - first) * n);
+  float *const panels = room.keys.data(), *const scores = room.shares.data(), *const most = room.some.data(), *const sum = room.others.data();
   for (int64_t head = first; head < last; head++)
     for (int64_t i = from; i < to; i++) {
       const int64_t place = head * batch.tokens + i, mine = (head - first) * n + i - from;
@@ -172,19 +174,19 @@ void attend(const Batch& batch, const Segment& s, int64_t from, int64_t to, int6
     }
   batch.each_block(s, to, [&](const Block& block) {
     const float* const values = v + block.key * key_step + group * D;
-    in_panels<D>(k + block.key * key_step + group * D, key_step, block.count, panels.data());
+    in_panels<D>(k + block.key * key_step + group * D, key_step, block.count, panels);
     for (int64_t head = first; head < last; head++)
       for (int64_t i = from; i < to; i += STRIP) {
         const int64_t rows = std::min(STRIP, to - i), most_seen = block.seen(i + rows - 1), mine = (head - first) * n + i - from;
         float* const y = out + i * step + head * D;
-        by_panels<D>(rows, q + i * step + head * D, step, panels.data(), most_seen, scores.data());
+        by_panels<D>(rows, q + i * step + head * D, step, panels, most_seen, scores);
         for (int64_t r = 0; r < rows; r++) {
-          float* const row = scores.data() + r * KEYS;
+          float* const row = scores + r * KEYS;
           const int64_t seen = block.seen(i + r);
           if (seen) take_up(row, seen, batch.factor, most[mine + r], sum[mine + r], y + r * step, D);
           std::fill(row + seen, row + most_seen, 0.0f);
         }
-        add_heads<D>(rows, scores.data(), KEYS, 1, values, key_step, most_seen, y, step);
+        add_heads<D>(rows, scores, KEYS, 1, values, key_step, most_seen, y, step);
       }
   });
   for (int64_t head = first; head < last; head++)
@@ -199,9 +201,10 @@ void attend(const Batch& batch, const Segment& s, int64_t from, int64_t to, int6
 // The gradients to those queries, and what is added by them to those to keys and values, where these are wanted.
 template <int D>
 void attend_back(const Batch& batch, const Segment& s, int64_t from, int64_t to, int64_t group, const float* of_out, const float* q, const float* k,
-                 const float* v, const float* out, const float* sums, float* of_q, float* of_k, float* of_v) {
+                 const float* v, const float* out, const float* sums, float* of_q, float* of_k, float* of_v, Room& room) {
   const int64_t step = batch.heads * D, key_step = batch.groups * D, first = group * batch.shared(), last = first + batch.shared(), n = to - from;
-  std::vector<float> panels_k(KEYS * D), panels_v(KEYS * D), shares(QUERIES * KEYS), of_scores(QUERIES * KEYS), drift((last - first) * n);
+  float *const panels_k = room.keys.data(), *const panels_v = room.values.data(), *const shares = room.shares.data();
+  float *const of_scores = room.of_scores.data(), *const drift = room.some.data();
   for (int64_t head = first; head < last; head++)
     for (int64_t i = from; i < to; i++) {
       const float *const of = of_out + i * step + head * D, *const y = out + i * step + head * D;
@@ -213,16 +216,16 @@ void attend_back(const Batch& batch, const Segment& s, int64_t from, int64_t to,
     }
   batch.each_block(s, to, [&](const Block& block) {
     const int64_t begin = block.key * key_step + group * D;
-    in_panels<D>(k + begin, key_step, block.count, panels_k.data());
-    in_panels<D>(v + begin, key_step, block.count, panels_v.data());
+    in_panels<D>(k + begin, key_step, block.count, panels_k);
+    in_panels<D>(v + begin, key_step, block.count, panels_v);
     for (int64_t head = first; head < last; head++)
       for (int64_t i = from; i < to; i += QUERIES) {
         const int64_t rows = std::min(QUERIES, to - i), most_seen = block.seen(i + rows - 1);
         for (int64_t top = 0; top < rows; top += STRIP) {
           const int64_t tall = std::min(STRIP, rows - top), at = (i + top) * step + head * D, seen_here = block.seen(i + top + tall - 1);
-          float *const p = shares.data() + top * KEYS, *const g = of_scores.data() + top * KEYS;
-          by_panels<D>(tall, q + at, step, panels_k.data(), seen_here, p);
-          by_panels<D>(tall, of_out + at, step, panels_v.data(), seen_here, g);
+          float *const p = shares + top * KEYS, *const g = of_scores + top * KEYS;
+          by_panels<D>(tall, q + at, step, panels_k, seen_here, p);
+          by_panels<D>(tall, of_out + at, step, panels_v, seen_here, g);
           for (int64_t r = 0; r < tall; r++) {
             float *const __restrict share = p + r * KEYS, *const __restrict gradient = g + r * KEYS;
             const int64_t query = i + top + r, seen = block.seen(query);
@@ -237,8 +240,8 @@ void attend_back(const Batch& batch, const Segment& s, int64_t from, int64_t to,
         for (int64_t key = 0; of_k && key < most_seen; key += STRIP) {
           const int64_t keys = std::min(STRIP, most_seen - key), query = block.first_to_see(key, i), deep = i + rows - query;
           const int64_t scores = (query - i) * KEYS + key, row = query * step + head * D, place = begin + key * key_step;
-          add_heads<D>(keys, shares.data() + scores, 1, KEYS, of_out + row, step, deep, of_v + place, key_step);
-          add_heads<D>(keys, of_scores.data() + scores, 1, KEYS, q + row, step, deep, of_k + place, key_step);
+          add_heads<D>(keys, shares + scores, 1, KEYS, of_out + row, step, deep, of_v + place, key_step);
+          add_heads<D>(keys, of_scores + scores, 1, KEYS, q + row, step, deep, of_k + place, key_step);
         }
       }
   });
@@ -261,10 +264,14 @@ template <int D>
 void attend_all(const Batch& batch, const float* q, const float* k, const float* v, const float* outer, const float* outer_sums, float* out, float* sums) {
   const std::vector<Part> parts = parts_of(batch);
   const int64_t all = parts.size() * batch.groups;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t i = all - 1; i >= 0; i--) {  // those that see most first
-    const Part& part = parts[i / batch.groups];
-    attend<D>(batch, *part.segment, part.from, part.to, i % batch.groups, q, k, v, outer, outer_sums, out, sums);
+#pragma omp parallel
+  {
+    Room room(D, STRIP, PART * batch.shared(), false);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = all - 1; i >= 0; i--) {  // those that see most first
+      const Part& part = parts[i / batch.groups];
+      attend<D>(batch, *part.segment, part.from, part.to, i % batch.groups, q, k, v, outer, outer_sums, out, sums, room);
+    }
   }
 }
 
@@ -278,6 +285,7 @@ void attend_all_back(const Batch& batch, int64_t copies, const float* of_out, co
   const int64_t size = batch.keys * batch.groups * D, shares = by_segment ? batch.count : copies;
 #pragma omp parallel
   {
+    Room room(D, QUERIES, PART * batch.shared(), true);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < (of_k ? copies * batch.keys * batch.groups : 0); row++) {
       std::fill_n(of_k + row * D, D, 0.0f);
@@ -290,7 +298,7 @@ void attend_all_back(const Batch& batch, int64_t copies, const float* of_out, co
         const Part& part = parts[number];
         if (by_segment ? part.segment != batch.segments + share : int64_t(number) % copies != copy) continue;
         attend_back<D>(batch, *part.segment, part.from, part.to, group, of_out, q, k, v, out, sums, of_q, of_k ? of_k + copy * size : nullptr,
-                       of_k ? of_v + copy * size : nullptr);
+                       of_k ? of_v + copy * size : nullptr, room);
       }
     }
   }

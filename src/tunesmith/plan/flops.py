@@ -139,15 +139,15 @@ def step_flops(
     for layer in layers:
         executed += (layer.forward + layer.backward + layer.dora_forward + layer.dora_backward) * sum(padded)
         executed += (layer.dora_norms + layer.scaled_forward + layer.scaled_backward) * micro_batches
-        # Plain matmuls, of which backward makes the scores again (model/attention.py). Where a segment has a context besides, the two are
-        # one tensor, which wants its gradients.
+        # Apart from all else, and backward makes the scores again (model/attention.py). Where a segment's context is in one tensor with it,
+        # that wants its gradients.
         continued = sum(n for n, context in zip(padded, before, strict=True) if context)
         kernels = 5 * sum(padded) + 2 * continued * layer.keys_wanted if layer.score_matmuls else 2 * sum(padded)
         over_context += per_score * beginning * kernels
         # Learned keys and contexts go into one kernel call, a segment's own keys into another.
         outside, inside = (layer.prefix_matmuls or layer.score_matmuls), layer.score_matmuls
         if attention == "flash":
-            # A kernel makes all five; over a context they are plain matmuls, without the gradients of keys and values that want none.
+            # A kernel makes all five; over a context without the gradients of keys and values that want none.
             learns = layer.keys_wanted or layer.prefix_matmuls > 0
             outside, inside = (5 if learns else 3) * bool(outside), 5 * bool(inside)
         else:

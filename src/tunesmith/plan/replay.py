@@ -92,7 +92,7 @@ class Setting:
     """Where no kernels can be merged (model/kernels.py: head sizes that are not in eights, on a card), keys of virtual tokens are copied to
     each conversation, and a mask has this many rows: tokens of the longest conversation. 0: elsewhere."""
     at_once: bool = False
-    """A CPU attends by C++, to all that a token sees at once (model/ragged.h)."""
+    """A CPU attends by C++, to all that a token sees at once (model/ragged.h); AMX's tiles, and torch without a compiler, count alike."""
     accumulates: bool = False
     """All gradients exist before this backward, which adds to them."""
 
