@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.conftest import ROOT, Finished, launch
+from tunesmith import loop
 from tunesmith.again import OutOfMemory, Restarts
-from tunesmith.config import Config, EngineKind, Refusal
+from tunesmith.config import Compute, Config, EngineKind, Refusal
 from tunesmith.engine import is_out_of_memory
 from tunesmith.hardware import Machine
 from tunesmith.plan import make_plan
@@ -58,13 +60,21 @@ def test_all_ranks_go_on_with_half_the_micro_batch(
     assert done.losses == pytest.approx(whole.losses, rel=1e-5), "the global step is the same"
 
 
-def test_the_probe_in_fp16_may_run_out_too(overrides: list[str], tmp_path: Path) -> None:
-    words = [*overrides, "+exp=lora_cpu", *SMALL, "engine=accelerate", "precision=fp16"]
-    done = with_shortage("torchrun", words, 2, "1:0:oom_probe", tmp_path)
-    assert done.code == 0, done.output
-    (event,) = json.loads((done.run / "restarts.json").read_text())["events"]
-    assert (event["rank"], event["step"], event["phase"], event["micro_batch"]) == (1, 0, "fp16 probe", 4)
-    assert json.loads((done.run / "plan.json").read_text())["micro_batch"] == 2 and len(done.losses) == 4
+def test_the_probe_in_fp16_may_run_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CPU trains in fp16, so the probe alone is called, as train.py does."""
+    config, plan = Config(name="t4"), SimpleNamespace(micro_batch=4)
+    config.precision.compute = Compute.fp16
+    batches = SimpleNamespace(micro_batches=lambda *_: [None])
+    engine = SimpleNamespace(world=World(rank=1, size=2), loss_module=None, gather=None)
+    monkeypatch.setattr(loop, "batches_of", lambda *_: batches)
+
+    def probe(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.5 GiB")
+
+    monkeypatch.setattr(loop, "probe", probe)
+    with pytest.raises(OutOfMemory, match=r"Tried to allocate 1.5 GiB") as caught:
+        loop.check_range(config, plan, engine, None)  # type: ignore[arg-type]
+    assert (caught.value.step, caught.value.phase, caught.value.micro_batch) == (0, "fp16 probe", 4)
 
 
 def test_with_one_conversation_left_it_is_said_what_needs_less(overrides: list[str], tmp_path: Path) -> None:

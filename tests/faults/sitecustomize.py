@@ -1,7 +1,7 @@
 """Put on PYTHONPATH by a test: makes one rank do something at one step, in the real program under its real launcher.
 
 TUNESMITH_TEST_FAULT="RANK:STEP:ACTION" with ACTION raise, kill (SIGKILL), the number of a signal sent to itself, or oom_forward or
-oom_backward: once, memory does not suffice for the last micro-batch; oom_probe: once, not for the probe before the first step.
+oom_backward: once, memory does not suffice for the last micro-batch.
 """
 
 import os
@@ -11,27 +11,26 @@ import threading
 import time
 
 
-def _fail(*_):  # type: ignore[no-untyped-def]
+def _run_out(parts, action):  # type: ignore[no-untyped-def]
     import torch
 
-    with open(os.environ["TUNESMITH_TEST_FAULT_FILE"], "a") as file:
-        file.write(f"{time.time()}\n")
-    raise torch.OutOfMemoryError("a fault made by a test")
-
-
-def _run_out(parts, action):  # type: ignore[no-untyped-def]
     module = parts.engine.loss_module
     original, wanted = module.forward, parts.plan.accumulation
     seen = []
+
+    def fail(*_):  # type: ignore[no-untyped-def]
+        with open(os.environ["TUNESMITH_TEST_FAULT_FILE"], "a") as file:
+            file.write(f"{time.time()}\n")
+        raise torch.OutOfMemoryError("a fault made by a test")
 
     def forward(batch):  # type: ignore[no-untyped-def]
         seen.append(batch)
         if len(seen) < wanted:
             return original(batch)
         if action == "oom_forward":
-            _fail()
+            fail()
         loss = original(batch)
-        loss.register_hook(_fail)
+        loss.register_hook(fail)
         return loss
 
     module.forward = forward
@@ -41,10 +40,6 @@ def _arm(step: int, action: str) -> None:
     while not hasattr(sys.modules.get("tunesmith.loop"), "learning_rate"):  # the last name that the module defines
         time.sleep(0.005)
     loop = sys.modules["tunesmith.loop"]
-    if action == "oom_probe":
-        if not os.path.exists(os.environ["TUNESMITH_TEST_FAULT_FILE"]):
-            loop.probe = _fail
-        return
     original = loop.take_step
 
     def take_step(parts, number):  # type: ignore[no-untyped-def]
