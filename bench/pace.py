@@ -2,7 +2,7 @@
 
     python -m bench.pace               a line each, then the median, the worst and how many are within 20 %
     python -m bench.pace --passes 3    the whole grid so many times: the median of each one's errors, beside how far its own times lie apart
-    python -m bench.pace --fit         and the constants of plan/pace.py, by least squares over two of every four configurations
+    python -m bench.pace --fit         and the constants of plan/pace.py, by least squares over half of the configurations
 
 Beside that grid stand the steps of bench/roofline.py, whose models have the sizes that people train. The peak of a matmul and the machine's
 overheads are measured anew next to each configuration, by the threads that torch takes: a machine that others use too is a third faster or
@@ -32,7 +32,7 @@ from tunesmith.hardware import prepare_environment, this_machine
 from tunesmith.model import keep_tiles
 from tunesmith.peaks import Overheads, measure_peak, overheads, take_faster_matmul
 from tunesmith.plan import trained_weights
-from tunesmith.plan.pace import CPU_CONTEXT, CPU_MATMUL, Speed, speed_of, step_seconds
+from tunesmith.plan.pace import CPU, Speed, speed_of, step_seconds
 
 REPEATS, MOST_S = 10, 12.0
 WITHIN = 0.2
@@ -101,15 +101,18 @@ def seconds(case: Case, peak: float, speed: Speed) -> float:
 NOTHING = Speed(**{field.name: inf if field.name.endswith(("share", "per_s")) else 0.0 for field in fields(Speed)})
 """A CPU to which everything is free."""
 FITTED: tuple[tuple[str, Compute | None], ...] = (
-    ("matmul_share", Compute.bf16), ("attention_share", Compute.fp32), ("attention_share", Compute.bf16), ("product_s", Compute.fp32),
+    ("matmul_share", Compute.fp32), ("matmul_share", Compute.bf16), ("context_share", Compute.fp32),
+    ("attention_share", Compute.fp32), ("attention_share", Compute.bf16), ("product_s", Compute.fp32),
     ("product_s", Compute.bf16), ("row_s", Compute.fp32), ("row_s", Compute.bf16), ("bytes_per_s", None), ("operator_s", None),
     ("function_s", None), ("layer_s", None), ("random_s", None), ("unpacked_s", None),
 )  # fmt: skip
-"""What is found by least squares, for one type or for all; fp32's share of matmuls and that over shared keys are set."""
+"""What is found by least squares, for one type or for all; the share over shared keys in halves is set."""
+ROUNDS, FAR = 30, 0.1
+"""Errors far beyond that count as less than their square: a minute in which the machine was busy shall not decide."""
 
 
 def fit(steps: list[Measured]) -> None:
-    """Print what plan/pace.py declares for a CPU, but for what is set there: relative errors of two of every four steps least."""
+    """Print what plan/pace.py declares for a CPU, but for what is set there: relative errors of half of the steps least."""
 
     def part(step: Measured, name: str, compute: Compute | None) -> float:
         """Of the step's seconds, what comes with one constant, at 1."""
@@ -122,18 +125,19 @@ def fit(steps: list[Measured]) -> None:
 
     def known_part(step: Measured) -> float:
         compute = step.case.compute
-        matmul = CPU_MATMUL[compute] if compute is Compute.fp32 else inf
-        return seconds(step.case, step.peak, replace(NOTHING, matmul_share=matmul, context_share=CPU_CONTEXT[compute])) / step.seconds
+        context = inf if compute is Compute.fp32 else CPU[this_machine().amx][compute].context
+        return seconds(step.case, step.peak, replace(NOTHING, context_share=context)) / step.seconds
 
     parts, known = np.array([[part(step, *name) for name in FITTED] for step in steps]), np.array([known_part(step) for step in steps])
-    half = np.arange(len(steps)) // 2 % 2 == 0  # of the grid's neighbours one is recomputed and one is not
-    free = np.full(len(FITTED), True)
-    while True:  # what would be below nothing is nothing
+    # Of the grid's neighbours one is recomputed and one is not, and of two pairs one is in fp32.
+    half = np.random.default_rng(0).permutation(len(steps) // 2)[np.arange(len(steps)) // 2] % 2 == 0
+    free, weights = np.full(len(FITTED), True), np.ones(half.sum())
+    for _ in range(ROUNDS):
         found = np.zeros(len(FITTED))
-        found[free], *_ = np.linalg.lstsq(parts[half][:, free], 1 - known[half], rcond=None)
-        if (found >= 0).all():
-            break
-        free &= found > 0
+        found[free], *_ = np.linalg.lstsq(parts[half][:, free] * weights[:, None], (1 - known[half]) * weights, rcond=None)
+        free &= found >= 0  # what would be below nothing is nothing
+        found = np.maximum(found, 0)
+        weights = (1 + np.square((parts[half] @ found + known[half] - 1) / FAR)) ** -0.25
     for (name, compute), value in zip(FITTED, found, strict=True):
         value = 1 / value if value and name.endswith(("share", "per_s")) else value
         print(f"{name}{f' in {compute.value}' if compute else ''}: {value:.3g}")
@@ -148,7 +152,7 @@ def one_pass(number: int, threads: int, folder: Path) -> list[tuple[Measured, fl
     for case in [*(case for case in grid() if not case.halves), *ROWS]:
         pace = pace_now(number * 1000 + len(found), threads)
         step = Measured(case, measured(case, folder), pace)
-        guess = seconds(case, step.peak, speed_of(None, case.compute, pace.overheads))
+        guess = seconds(case, step.peak, speed_of(None, case.compute, pace.overheads, this_machine().amx))
         found.append((step, guess))
         print(f"| {case} | {1000 * guess:.1f} | {1000 * step.seconds:.1f} | {guess / step.seconds - 1:+.0%} |", flush=True)
     return found

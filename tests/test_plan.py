@@ -854,6 +854,10 @@ def test_the_type_is_left_to_the_plan() -> None:
     unknown = Machine("cuda", ("NVIDIA X1",), (24.0,), 8, 64.0)
     (line,) = refused(config_of(precision__compute=Compute.auto, hardware__card="any"), unknown, 1)
     assert line.startswith("precision.compute=auto: NVIDIA X1 has no row in the card table — type precision=bf16 where its compute")
+    for left in ({}, {"engine__zero": AUTO}):  # and what is wrong whatever the type is said with it
+        asked = config_of(precision__compute=Compute.auto, hardware__card="any", optim__lr=-1.0, **left)
+        first, *others = refused(asked, unknown, 1)
+        assert first == line and [one.partition(":")[0] for one in others] == ["optim.lr=-1.0"]
     (line,) = refused(config_of(precision__compute=Compute.auto, hardware__card="b7"), HERE, 1)
     assert line.startswith("hardware.card=b7: no such row")
     # A run that has begun on another card goes on as it began, or is told that it cannot.
@@ -861,7 +865,7 @@ def test_the_type_is_left_to_the_plan() -> None:
     again = make_plan(asked, A10S, 1, kept={"precision.compute": "fp16"})
     assert again.config.precision.compute is Compute.fp16
     assert again.notes[0] == "precision.compute=auto: fp16, as this run began with it"
-    with pytest.raises(PlanError, match=r"precision\.compute=bf16: "):
+    with pytest.raises(PlanError, match=r"precision\.compute=auto: bf16, as this run began with it\nprecision\.compute=bf16: "):
         make_plan(asked, T4, 1, kept={"precision.compute": "bf16"})
     both = make_plan(config_of(**ON_A10 | {"precision__compute": Compute.auto}, model__known_as="qwen2.5-1.5b", engine__zero=AUTO), A10S, 4)
     assert [note.partition("=auto: ")[0] for note in both.notes[:2]] == ["precision.compute", "engine.zero"]

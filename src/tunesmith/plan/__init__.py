@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import matmul
-from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Config, Method, Train, changed, leaves
+from tunesmith.config import AUTO, NOT_IN_RUN_ID, Batching, Compute, Config, Method, Train, changed, leaves
 from tunesmith.hardware import Machine
 from tunesmith.peaks import overheads, peak_flops
 from tunesmith.plan.auto import KEPT, engine_choices, left_to_plan, said_left, with_type
@@ -225,8 +225,9 @@ def make_plan(
     def plan(tried: Config) -> Plan:
         return _plan(tried, typed_id, machine, world_size, counts, local_size, model_folder, micro_limit)
 
-    typed, why = with_type(config, machine, (kept or {}).get("precision.compute", ""))
-    if left := left_to_plan(config):
+    def chosen(typed: Config) -> Plan:
+        if not (left := left_to_plan(config)):
+            return plan(typed)
         choices = list(engine_choices(typed, world_size, left))
         if kept:
             choices = [choice for choice in choices if all(choice.get(path, value) == value for path, value in kept.items())]
@@ -234,9 +235,21 @@ def make_plan(
             began = ", ".join(f"{path}={json.dumps(value)}" for path, value in (kept or {}).items() if path in left)
             fact = f"this run began with {began}, which {world_size} ranks cannot have"
             raise PlanError([f"{said_left(config)}: {fact} — start as many ranks as before, or a run of its own with name=..."])
-        found = _fastest(typed, choices, plan)
-    else:
-        found = plan(typed)
+        return _fastest(typed, choices, plan)
+
+    try:
+        typed, why = with_type(config, machine, (kept or {}).get("precision.compute", ""))
+    except PlanError as untyped:
+        try:
+            chosen(changed(config, {"precision.compute": Compute.fp16}))
+        except PlanError as others:  # what is wrong whatever the type
+            said = [one for one in others.problems if not one.startswith("precision.compute=fp16")]
+            raise PlanError([*untyped.problems, *said]) from None
+        raise
+    try:
+        found = chosen(typed)
+    except PlanError as error:  # perhaps of another card than the one that the run began on, so say that it did
+        raise PlanError([*(why if "precision.compute" in (kept or {}) else []), *error.problems]) from None
     return replace(found, notes=[*why, *found.notes])
 
 

@@ -7,6 +7,7 @@ below is declared with what it rests on; `python -m bench.pace` holds the CPU's 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tunesmith.config import Compute, Config, EngineKind, MethodKind
 from tunesmith.hardware import Card
@@ -54,26 +55,41 @@ class Speed:
     """Between a card and main memory, one way."""
 
 
-# A CPU: shares of what `peaks.overheads` measures there, by least squares over bench/pace.py's steps on two cores of an Intel Xeon with
-# AMX (2026-11-30). fp32's share is set, not fitted: what matmuls of SmolLM2-135M reach of the rate at
-# 2048 x 2048. That of halves is low, as AMX's peak is far above what bringing matrices into its layout allows. Small matmuls pay for their
-# kernel's start, which is seen apart. An operator of a model is several calls of Python, and an autograd function of ours up to twenty.
-CPU_MATMUL = {Compute.fp32: 0.75, Compute.bf16: 0.145, Compute.fp16: 0.145}
-CPU_ATTENTION = {Compute.fp32: 0.33, Compute.bf16: 0.5, Compute.fp16: 0.5}
-CPU_CONTEXT = {Compute.fp32: 0.42, Compute.bf16: 0.17, Compute.fp16: 0.17}
-"""In fp32 by plain matmuls, which were measured alone (docs/log.md: 256 queries over 3,061 keys in 11 ms and back in 15)."""
+class OfCpu(NamedTuple):
+    """The same of a CPU, in what `peaks.overheads` measures there: of the peak, of bytes_per_s, of random_s (random, unpacked) and of
+    function_s, and all others of operator_s."""
+
+    matmul: float
+    attention: float
+    context: float
+    product: float
+    row: float
+    layer: float
+    bandwidth: float
+    operator: float
+    function: float
+    random: float
+    unpacked: float
+
+
+# By least squares over bench/pace.py's steps, on two cores each. An operator of a model is several calls of Python, an autograd function of
+# ours up to twenty, and a layer that is computed again goes through a hook in Python for each tensor it keeps.
+_AMX = 205.0, 0.575, 2.56, 15.4, 0.89, 1.08
+_VECTORS = 223.0, 0.169, 2.18, 21.6, 0.87, 0.39
+_HALVES = {True: OfCpu(0.145, 0.5, 0.17, 22.5, 0.108, *_AMX), False: OfCpu(0.58, 0.37, 0.37, 13.1, 0.114, *_VECTORS)}
+CPU: dict[bool, dict[Compute, OfCpu]] = {
+    amx: {Compute.fp32: fp32, Compute.bf16: _HALVES[amx], Compute.fp16: _HALVES[amx]}
+    for amx, fp32 in {
+        True: OfCpu(0.75, 0.55, 0.6, 6.9, 0.0, *_AMX),
+        False: OfCpu(0.84, 0.72, 0.79, 8.9, 0.0, *_VECTORS),
+    }.items()
+}
+"""With AMX (an Intel Xeon) and without (an AMD EPYC of the fourth generation), 2026-11-30. AMX's peak in halves is far above what bringing
+matrices into its layout allows. With AMX fp32's attention and context are declared: C++ attends since, which was measured on the AMD CPU
+alone (docs/log.md), and fp32's share of matmuls is what those of SmolLM2-135M reach of the rate at 2048 x 2048."""
 TILES_CONTEXT, TILES_CAUSAL = 0.55, 0.45
 """By bf16 halves, of their own peak: to a context measured alone 0.6 forward and 0.8 back (docs/log.md), less beside other programs; causal
 0.6 to 0.75 for 400 and 1,500 tokens, less for fewer."""
-CPU_PRODUCT = {Compute.fp32: 6.9, Compute.bf16: 22.5, Compute.fp16: 22.5}
-CPU_ROW = {Compute.fp32: 0.021, Compute.bf16: 0.108, Compute.fp16: 0.108}
-CPU_LAYER = 205.0
-"""These three, and CPU_OPERATOR, of operator_s. A layer that is computed again goes through a hook in Python for each tensor it keeps."""
-CPU_BANDWIDTH = 0.575
-CPU_OPERATOR = 2.56
-CPU_FUNCTION = 15.4
-CPU_RANDOM, CPU_UNPACKED = 0.89, 1.08
-"""Both of random_s."""
 CPU_INT8, TILES_INT8 = 4.0, 7.0
 """How many times as fast as fp32 matmuls those of int8 are: 64 numbers an instruction with AVX-512 VNNI and not 16; 2,000 and 490 GOPS were
 measured on an AMD EPYC, 2,000 to 3,700 and 400 here. By AMX from weights in tiles 2,200 to 2,700 with all that follows, and 310 to 400."""
@@ -99,16 +115,14 @@ MAIN_MEMORY = 20e9
 """Bytes/s of AdamW in main memory, offloaded; declared."""
 
 
-def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = None) -> Speed:
-    """What a card sustains; for None a CPU with these overheads."""
+def speed_of(card: Card | None, compute: Compute, overheads: Overheads | None = None, amx: bool = False) -> Speed:
+    """What a card sustains; for None a CPU with these overheads, with AMX or without."""
     if card is None:
-        cpu = overheads or TYPICAL
+        cpu, of = overheads or TYPICAL, CPU[amx][compute]
         return Speed(
-            CPU_MATMUL[compute], CPU_ATTENTION[compute], CPU_CONTEXT[compute], CPU_ROW[compute] * cpu.operator_s,
-            CPU_PRODUCT[compute] * cpu.operator_s, CPU_BANDWIDTH * cpu.bytes_per_s,
-            CPU_OPERATOR * cpu.operator_s, CPU_FUNCTION * cpu.function_s, CPU_LAYER * cpu.operator_s,
-            CPU_RANDOM * cpu.random_s, CPU_UNPACKED * cpu.random_s,
-            CPU_LINK, MAIN_MEMORY,
+            of.matmul, of.attention, of.context, of.row * cpu.operator_s, of.product * cpu.operator_s, of.bandwidth * cpu.bytes_per_s,
+            of.operator * cpu.operator_s, of.function * cpu.function_s, of.layer * cpu.operator_s, of.random * cpu.random_s,
+            of.unpacked * cpu.random_s, CPU_LINK, MAIN_MEMORY,
         )  # fmt: skip
     share = CAPPED_SHARE if card.watts <= CAPPED_W else MATMUL_SHARE
     link, host = card.link_gb_per_s * 1e9 * LINK_SHARE, card.host_gb_per_s * 1e9 * LINK_SHARE
@@ -142,7 +156,7 @@ def step_seconds(
     them). overheads: of this CPU. speed: what the device sustains (None: `speed_of` it).
     """
     compute = BYTES[config.precision.compute]
-    speed = speed or speed_of(card, config.precision.compute, overheads)
+    speed = speed or speed_of(card, config.precision.compute, overheads, amx=tiles)
     counted = round(tokens * TARGET_SHARE) if targets is None else targets
     step = replayed(shape, setting_of(shape, config, cpu=card is None), tokens, counted)
     lowest = config.method.first_layer if config.method.kind is MethodKind.lora else 0
