@@ -158,14 +158,15 @@ def test_attention_of_short_segments_is_plain_arithmetics(d: int, beginning: int
     assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=False)), "a frozen beginning changes nothing else"
 
 
-def test_attention_of_short_segments_gives_the_same_bits_whatever_threads_share() -> None:
+@pytest.mark.parametrize("segments", [FOREST, (Segment(0, 700),)], ids=["short", "long"])
+def test_attention_gives_the_same_bits_whatever_threads_share(segments: tuple[Segment, ...]) -> None:
     torch.manual_seed(0)
-    mine = [torch.randn(65, many, 32).requires_grad_() for many in (6, 2, 2)]
-    nothing, threads, found = torch.empty(0, 2, 32), torch.get_num_threads(), []
+    mine = [torch.randn(segments[-1].stop, many, 32).requires_grad_() for many in (3, 1, 1)]
+    nothing, threads, found = torch.empty(0, 1, 32), torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
-            out = attention._AtOnce.apply(*mine, nothing, nothing, Layout(FOREST).native, None)
+            out = attention._AtOnce.apply(*mine, nothing, nothing, Layout(segments).native, None)
             found.append((out, *gradients(out, *mine)))
     finally:
         torch.set_num_threads(threads)
@@ -230,20 +231,6 @@ def test_many_queries_see_many_keys_of_others(threads: int) -> None:
         torch.set_num_threads(before)
     assert near(out, wanted)
     assert all(near(one, other) for one, other in zip(found, gradients(wanted, *exact), strict=True))
-
-
-def test_threads_share_one_long_segment_and_add_up_the_same() -> None:
-    torch.manual_seed(0)
-    mine = [torch.randn(700, many, 32).requires_grad_() for many in (3, 1, 1)]
-    nothing, threads, found = torch.empty(0, 1, 32), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            out = attention._AtOnce.apply(*mine, nothing, nothing, native.Segments([(0, 700, ())]), None)
-            found.append((out, *gradients(out, *mine)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize(

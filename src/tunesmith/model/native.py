@@ -151,7 +151,7 @@ class Segments:
         self._share = largest if is_causal and not places[:, 2].any() else math.inf
         """Of all scores those of the segment that has most, where each sees itself alone."""
         seen = np.array([stop - start + sum(b - a for a, b in context) for start, stop, context in segments], dtype=np.int64)
-        self.scores = int(((places[:, 1] - places[:, 0]) * seen).sum())
+        self.scores = int((lengths * seen).sum())
         """Of a head, those that causality hides included."""
 
     def arguments(self, q: torch.Tensor, k: torch.Tensor, factor: float) -> tuple[object, ...]:

@@ -75,14 +75,12 @@ class OfCpu(NamedTuple):
 # By least squares over bench/pace.py's steps, on two cores each. An operator of a model is several calls of Python, an autograd function of
 # ours up to twenty, and a layer that is computed again goes through a hook in Python for each tensor it keeps.
 _AMX = 205.0, 0.575, 2.56, 15.4, 0.89, 1.08
+_AMX_HALVES = OfCpu(0.145, 0.5, 0.17, 22.5, 0.108, *_AMX)
 _VECTORS = 223.0, 0.169, 2.18, 21.6, 0.87, 0.39
-_HALVES = {True: OfCpu(0.145, 0.5, 0.17, 22.5, 0.108, *_AMX), False: OfCpu(0.58, 0.37, 0.37, 13.1, 0.114, *_VECTORS)}
-CPU: dict[bool, dict[Compute, OfCpu]] = {
-    amx: {Compute.fp32: fp32, Compute.bf16: _HALVES[amx], Compute.fp16: _HALVES[amx]}
-    for amx, fp32 in {
-        True: OfCpu(0.75, 0.55, 0.6, 6.9, 0.0, *_AMX),
-        False: OfCpu(0.84, 0.72, 0.79, 8.9, 0.0, *_VECTORS),
-    }.items()
+_VECTORS_HALVES = OfCpu(0.58, 0.37, 0.37, 13.1, 0.114, *_VECTORS)
+CPU = {
+    True: {Compute.fp32: OfCpu(0.75, 0.55, 0.6, 6.9, 0.0, *_AMX), Compute.bf16: _AMX_HALVES, Compute.fp16: _AMX_HALVES},
+    False: {Compute.fp32: OfCpu(0.84, 0.72, 0.79, 8.9, 0.0, *_VECTORS), Compute.bf16: _VECTORS_HALVES, Compute.fp16: _VECTORS_HALVES},
 }
 """With AMX (an Intel Xeon) and without (an AMD EPYC of the fourth generation), 2026-11-30. AMX's peak in halves is far above what bringing
 matrices into its layout allows. With AMX fp32's attention and context are declared: C++ attends since, which was measured on the AMD CPU
